@@ -1,0 +1,54 @@
+"""gammabeta: batch normalization for PyTorch — layers, instruments, evidence.
+
+Importing this module imports nothing heavy, not even torch: a public name is looked up in
+the table below and its module is imported when the name is first used (PEP 562).
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0"
+
+# public name -> module that defines it
+_NAMES = {
+    "BatchNorm1d": "layers.batch_norm",
+    "BatchNorm2d": "layers.batch_norm",
+    "BatchNorm3d": "layers.batch_norm",
+    "BatchNormAct1d": "layers.batch_norm",
+    "BatchNormAct2d": "layers.batch_norm",
+    "BatchNormAct3d": "layers.batch_norm",
+    "LazyBatchNorm1d": "layers.batch_norm",
+    "LazyBatchNorm2d": "layers.batch_norm",
+    "LazyBatchNorm3d": "layers.batch_norm",
+    "Moments": "moments",
+    "backends": "ops",
+    "batch_norm": "ops",
+}
+
+__all__ = ["__version__", *_NAMES]  # noqa: PLE0604
+
+if TYPE_CHECKING:
+    from gammabeta.layers.batch_norm import BatchNorm1d as BatchNorm1d
+    from gammabeta.layers.batch_norm import BatchNorm2d as BatchNorm2d
+    from gammabeta.layers.batch_norm import BatchNorm3d as BatchNorm3d
+    from gammabeta.layers.batch_norm import BatchNormAct1d as BatchNormAct1d
+    from gammabeta.layers.batch_norm import BatchNormAct2d as BatchNormAct2d
+    from gammabeta.layers.batch_norm import BatchNormAct3d as BatchNormAct3d
+    from gammabeta.layers.batch_norm import LazyBatchNorm1d as LazyBatchNorm1d
+    from gammabeta.layers.batch_norm import LazyBatchNorm2d as LazyBatchNorm2d
+    from gammabeta.layers.batch_norm import LazyBatchNorm3d as LazyBatchNorm3d
+    from gammabeta.moments import Moments as Moments
+    from gammabeta.ops import backends as backends
+    from gammabeta.ops import batch_norm as batch_norm
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _NAMES:
+        raise AttributeError(f"module 'gammabeta' has no attribute {name!r}")
+    value = getattr(import_module(f"gammabeta.{_NAMES[name]}"), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *_NAMES])
