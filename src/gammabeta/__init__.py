@@ -25,7 +25,7 @@ _NAMES = {
     "batch_norm": "ops",
 }
 
-__all__ = ["__version__", *_NAMES]  # noqa: PLE0604
+__all__ = ["__version__", *_NAMES]
 
 if TYPE_CHECKING:
     from gammabeta.layers.batch_norm import BatchNorm1d as BatchNorm1d
