@@ -1,0 +1,249 @@
+"""The registry of claims is complete and well formed, and says what is wrong with a bad one."""
+
+import hashlib
+import json
+
+import pytest
+
+from gammabeta.studies import _claims
+from gammabeta.studies._claims import claims, listing, parse, public, resolve, suggest
+
+HEADLINE = {
+    "ics-reduced",
+    "cross-layer-stats",
+    "noisy-bn",
+    "smoother",
+    "bjorck-lr",
+    "reg-by-noise",
+    "vanishing-depth",
+    "jacobian-one",
+    "act-all",
+    "batch-small",
+    "bn-order",
+    "no-dropout",
+}
+# The ids in their order, one a line. Published ids stay; a new claim changes this line alone.
+IDS = (132, "5b552fd2e72f3ea4239d1057b0c963153711dd9dab34b01f38174296094f9bee")
+RUNNABLE = {"activations": ("act-all", "act-sigmoid-most")}
+
+GOOD = {
+    "id": "a-claim",
+    "title": "One sentence.",
+    "question": "Is it so?",
+    "origin": "text",
+    "source": "Somebody 2015",
+    "kind": "exact",
+    "topic": "speed",
+    "rule": "Identity.",
+}
+
+
+def toml(*tables: dict[str, object]) -> str:
+    # JSON's texts, numbers and booleans are TOML's as well.
+    bodies = ["\n".join(f"{k} = {json.dumps(v)}" for k, v in t.items()) for t in tables]
+    return "\n".join(f"[[claim]]\n{body}\n" for body in bodies)
+
+
+# --- the registry itself --------------------------------------------------------------------
+
+
+def test_every_claim_is_there_in_order() -> None:
+    ids = list(claims())
+    assert (len(ids), hashlib.sha256("\n".join(ids).encode()).hexdigest()) == IDS
+    assert {"ics-def", "f-jac2", "gamma-grad", "beta-grad", "mf-orthogonal"} <= set(ids)
+    assert {claim.id for claim in claims().values() if claim.headline} == HEADLINE
+
+
+@pytest.mark.parametrize("claim", claims().values(), ids=list(claims()))
+def test_the_texts_fit_a_terminal_and_a_page(claim: _claims.Claim) -> None:
+    assert claim.question.endswith("?")
+    assert len(claim.question) <= 72
+    assert claim.title.endswith(".")
+    assert claim.rule.endswith(".")
+    assert (claim.title + claim.question).isascii()  # these go to terminals
+    for text in (claim.title, claim.reported, claim.rule, claim.caveats):
+        assert "[R]" not in text
+        assert "`" not in text
+
+
+def test_a_claim_named_in_a_text_exists() -> None:
+    named = ("ics-gradient", "weight-pythagoras", "noisy-bn", "f-lr", "bn-speed", "batch-u")
+    texts = " ".join(claim.rule + claim.caveats for claim in claims().values())
+    for name in named:
+        assert name in texts
+        assert name in claims()
+
+
+def test_the_first_experiment_decides_two_claims() -> None:
+    decided = {i: c.thresholds for i, c in claims().items() if c.experiment == "activations"}
+    assert decided == {"act-all": {"delta": 0.3}, "act-sigmoid-most": {"delta": 0.3}}
+    assert "sigmoid +3.6" in claims()["act-all"].reported
+    assert "+2.2" in claims()["act-sigmoid-most"].reported
+
+
+def test_changing_what_is_returned_leaves_the_registry_alone() -> None:
+    claims().clear()
+    public()[0]["id"] = "other"
+    assert len(claims()) == IDS[0]
+    assert public()[0]["id"] == "ics-def"
+
+
+# --- the schema -----------------------------------------------------------------------------
+
+
+def test_a_good_claim_is_read_and_its_lines_are_folded() -> None:
+    text = toml(GOOD).replace('"Identity."', '"""\n  Identity,\n  twice."""')
+    claim = parse(text)["a-claim"]
+    assert claim.rule == "Identity, twice."
+    assert (claim.reported, claim.caveats, claim.experiment) == ("", "", None)
+    assert (claim.headline, claim.thresholds) == (False, {})
+
+
+def test_thresholds_become_floats() -> None:
+    text = toml(GOOD | {"experiment": "x"}) + "[claim.thresholds]\ndelta = 1\n"
+    (value,) = parse(text)["a-claim"].thresholds.values()
+    assert isinstance(value, float)
+
+
+@pytest.mark.parametrize("field", [field for field in GOOD if field != "id"])
+def test_a_missing_field_is_named(field: str) -> None:
+    table = {k: v for k, v in GOOD.items() if k != field}
+    with pytest.raises(ValueError, match=f"a-claim: field '{field}'.*got none. Add it."):
+        parse(toml(table))
+
+
+def test_a_claim_without_id_is_named_by_its_place() -> None:
+    table = {k: v for k, v in GOOD.items() if k != "id"}
+    with pytest.raises(ValueError, match="claim number 2: field 'id'"):
+        parse(toml(GOOD, table))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"sourse": "x"}, "a-claim: field 'sourse'.*Did you mean 'source'"),
+        ({"protocol": "x"}, "a-claim: field 'protocol'.*Remove it"),
+        ({"kind": "statistic"}, "field 'kind'.*got 'statistic'. Did you mean 'statistical'"),
+        ({"origin": "seed"}, "field 'origin'.*one of text, beyond, got 'seed'"),
+        ({"topic": "speeds"}, "field 'topic'.*Did you mean 'speed'"),
+        ({"topic": ["speed"]}, "field 'topic': expected text in quotes"),
+        ({"id": "A_claim"}, "claim number 1: field 'id'.*got 'A_claim'"),
+        ({"id": "a" * 65}, "field 'id': expected 1 to 64"),
+        ({"id": "a-claim\n"}, "field 'id'"),
+        ({"id": "all"}, "field 'id'.*none of headline, all"),
+        ({"experiment": "a.b"}, "a-claim: field 'experiment'"),
+        ({"experiment": "a-claim"}, "field 'experiment'.*an id that no claim has"),
+        ({"headline": 1}, "field 'headline': expected true or false, got 1"),
+        ({"title": "  "}, "field 'title': expected a text, got an empty one"),
+        ({"thresholds": 3}, "field 'thresholds': expected a table of numbers"),
+    ],
+)
+def test_a_wrong_field_is_named(change: dict[str, object], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        parse(toml(GOOD | change))
+
+
+@pytest.mark.parametrize("value", ['"0.3"', "true", "nan", "inf"])
+def test_a_threshold_is_a_finite_number(value: str) -> None:
+    text = toml(GOOD) + f"[claim.thresholds]\ndelta = {value}\n"
+    with pytest.raises(ValueError, match=r"field 'thresholds\.delta': expected a finite"):
+        parse(text)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        (toml(GOOD, GOOD), "a-claim: field 'id': expected every id once"),
+        ("[[claim]]\nid = x\n", "expected TOML.*line 2"),
+        ("[[claims]]\n", "expected nothing but .*got 'claims'"),
+        ("[claim]\nid = 'x'\n", "double brackets"),
+        ("claim = [1]\n", "double brackets"),
+    ],
+)
+def test_a_wrong_file_is_refused(text: str, message: str) -> None:
+    with pytest.raises(ValueError, match=rf"claims\.toml: .*{message}"):
+        parse(text)
+
+
+# --- asking ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("ids", "expected"),
+    [
+        ([], []),
+        (["act-all"], ["activations"]),
+        (["activations", "act-sigmoid-most", "act-all"], ["activations"]),
+        (["other", "ACT-ALL"], ["other", "activations"]),
+        (["headline"], ["activations"]),
+        (["all"], ["activations", "other"]),
+        (["other", "all"], ["other", "activations"]),
+    ],
+)
+def test_ids_become_experiments(ids: list[str], expected: list[str]) -> None:
+    assert resolve(ids, {**RUNNABLE, "other": ()}) == expected
+
+
+@pytest.mark.parametrize(
+    ("ids", "message"),
+    [
+        (
+            ["act-all", "act-al"],
+            r"unknown claim or experiment 'act-al'\. Did you mean 'act-all'\? "
+            r"`gammabeta study list` shows all\.",
+        ),
+        (["activation"], "Did you mean 'activations'"),
+        (["headlines"], "Did you mean 'headline'"),
+        (["xyzzy"], r"unknown claim or experiment 'xyzzy'\. `gammabeta study list`"),
+        (["\x1b[2J"], r"'\\x1b\[2J'"),
+        (["noisy-bn"], r"claim 'noisy-bn' has no experiment yet\..* run: activations\."),
+    ],
+)
+def test_an_id_that_cannot_be_run_is_explained(ids: list[str], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        resolve(ids, RUNNABLE)
+
+
+@pytest.mark.parametrize(
+    ("experiments", "message"),
+    [
+        ({"noisy-bn": ()}, "experiment 'noisy-bn': expected an id that is neither"),
+        ({"all": ()}, "experiment 'all'"),
+        ({"activations": ("act-al",)}, "CLAIMS: unknown.*'act-al'.*Did you mean 'act-all'"),
+        ({"other": ("act-all",)}, "'act-all'.*'other'.*gives it the experiment 'activations'"),
+        ({"other": ("noisy-bn",)}, "'noisy-bn'.*gives it the experiment None"),
+    ],
+)
+def test_experiments_that_contradict_the_registry_are_refused(
+    experiments: dict[str, tuple[str, ...]], message: str
+) -> None:
+    with pytest.raises(ValueError, match=message):
+        resolve(["headline"], experiments)
+
+
+def test_the_nearest_names_come_first() -> None:
+    assert suggest("act-al", claims())[0] == "act-all"
+    assert suggest("BN-Ordr", claims())[0] == "bn-order"
+    assert suggest("xyzzy", claims()) == []
+
+
+# --- giving ---------------------------------------------------------------------------------
+
+
+def test_the_listing_has_exactly_its_keys() -> None:
+    rows = listing()
+    assert [row["id"] for row in rows] == list(claims())
+    for row in rows:
+        assert list(row) == ["id", "title", "origin", "source", "experiment", "kind"]
+    by_id = {row["id"]: row for row in rows}
+    assert by_id["act-all"]["experiment"] == "activations"
+    assert by_id["noisy-bn"]["experiment"] is None
+    assert json.loads(json.dumps(rows)) == rows
+
+
+def test_the_public_form_has_every_field_and_survives_json() -> None:
+    rows = public()
+    assert len(rows) == IDS[0]
+    for row in rows:
+        assert set(row) == set(_claims.Claim._fields)
+    assert json.loads(json.dumps(rows, allow_nan=False)) == rows
