@@ -6,7 +6,16 @@ import json
 import pytest
 
 from gammabeta.studies import _claims
-from gammabeta.studies._claims import claims, listing, parse, public, resolve, suggest
+from gammabeta.studies._claims import (
+    claims,
+    listing,
+    overruled,
+    parse,
+    public,
+    resolve,
+    rules,
+    suggest,
+)
 
 HEADLINE = {
     "ics-reduced",
@@ -225,6 +234,40 @@ def test_the_nearest_names_come_first() -> None:
     assert suggest("act-al", claims())[0] == "act-all"
     assert suggest("BN-Ordr", claims())[0] == "bn-order"
     assert suggest("xyzzy", claims()) == []
+
+
+# --- other rules ----------------------------------------------------------------------------
+
+
+def test_another_rule_holds_within_its_block_only() -> None:
+    with overruled(rules(["act-all.delta=1", "ACT-ALL.delta=0.5"])):
+        assert claims()["act-all"].thresholds == {"delta": 0.5}
+        assert claims()["act-sigmoid-most"].thresholds == {"delta": 0.3}
+        assert list(claims()) == [row["id"] for row in public()]
+    assert claims()["act-all"].thresholds == {"delta": 0.3}
+
+
+def test_the_registry_is_back_after_an_error() -> None:
+    with pytest.raises(KeyError), overruled({"act-all": {"delta": 0.5}}):
+        raise KeyError
+    assert claims()["act-all"].thresholds == {"delta": 0.3}
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("delta=0.5", r"expected CLAIM\.THRESHOLD=VALUE.*got 'delta=0\.5'"),
+        ("act-all.delta", "expected CLAIM"),
+        ("act-all.delta=", "expected CLAIM"),
+        ("act-all.delta=nan", "finite number"),
+        ("act-al.delta=1", "'act-al'.*Did you mean 'act-all'"),
+        ("act-all.alpha=1", "'act-all' has no threshold 'alpha'; it has delta"),
+        ("noisy-bn.delta=1", "'noisy-bn' has no threshold 'delta'; it has none yet"),
+    ],
+)
+def test_a_wrong_rule_is_explained(text: str, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        rules([text])
 
 
 # --- giving ---------------------------------------------------------------------------------

@@ -1,12 +1,14 @@
 """The registry of claims: read, checked, and asked for what a user wants to run."""
 
+import contextlib
+import contextvars
 import difflib
 import functools
 import importlib.resources
 import math
 import re
 import tomllib
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple, NoReturn
 
 TOPICS = (
@@ -66,8 +68,24 @@ def claims() -> dict[str, Claim]:
     return dict(_registry())
 
 
-@functools.cache
+_Rules = Mapping[str, Mapping[str, float]]
+_OTHER: contextvars.ContextVar[_Rules | None] = contextvars.ContextVar("rules", default=None)
+
+
 def _registry() -> dict[str, Claim]:
+    """The registry under the rules that are in force here; see `overruled`."""
+    found = _file()
+    if other := _OTHER.get():
+        changed = {
+            name: found[name]._replace(thresholds={**found[name].thresholds, **thresholds})
+            for name, thresholds in other.items()
+        }
+        return found | changed
+    return found
+
+
+@functools.cache
+def _file() -> dict[str, Claim]:
     file = importlib.resources.files(__package__).joinpath(_FILE)
     return parse(file.read_text(encoding="utf-8"))
 
@@ -251,6 +269,59 @@ def _unknown(name: str, choices: Iterable[str]) -> str:
     near = [repr(choice) for choice in suggest(name, choices)]
     hint = f" Did you mean {' or '.join(near)}?" if near else ""
     return f"unknown claim or experiment {name!r}.{hint}{_SHOWS}"
+
+
+# --- other rules ----------------------------------------------------------------------------
+
+
+def rules(texts: Sequence[str]) -> dict[str, dict[str, float]]:
+    """Thresholds by claim from texts CLAIM.THRESHOLD=VALUE; of two for the same the last holds.
+
+    Raises:
+        ValueError: a text is not of that form, the claim or its threshold is unknown, or the
+            value is no finite number.
+
+    Example:
+        >>> rules(["act-all.delta=0.5"])
+        {'act-all': {'delta': 0.5}}
+    """
+    found: dict[str, dict[str, float]] = {}
+    for text in texts:
+        place, _, number = text.partition("=")
+        given, _, key = place.partition(".")
+        name, key = given.strip().lower(), key.strip()
+        try:
+            value = float(number)
+        except ValueError:
+            value = math.nan
+        if not key or not math.isfinite(value):
+            raise ValueError(
+                f"a rule: expected CLAIM.THRESHOLD=VALUE with a finite number, got {text!r}. "
+                "Write for example act-all.delta=0.5."
+            )
+        if name not in _file():
+            raise ValueError(_unknown(given, _file()))
+        if key not in (own := _file()[name].thresholds):
+            has = f"has {', '.join(own)}" if own else "has none yet"
+            raise ValueError(f"claim {name!r} has no threshold {key!r}; it {has}.")
+        found.setdefault(name, {})[key] = value
+    return found
+
+
+@contextlib.contextmanager
+def overruled(other: _Rules) -> Iterator[None]:
+    """Within the block the claims have these thresholds in place of the registry's.
+
+    Example:
+        >>> with overruled({"act-all": {"delta": 0.5}}):
+        ...     claims()["act-all"].thresholds["delta"]
+        0.5
+    """
+    token = _OTHER.set(other)
+    try:
+        yield
+    finally:
+        _OTHER.reset(token)
 
 
 # --- giving ---------------------------------------------------------------------------------
