@@ -38,6 +38,7 @@ _COLUMN = re.compile(r"[A-Za-z][A-Za-z0-9_]{0,63}")
 _TEMP = re.compile(r"\.tmp-[0-9a-f]{16}-(?P<host>.+)-(?P<pid>[0-9]{1,10})-[0-9a-f]+")
 _HOST = re.sub(r"[^A-Za-z0-9.-]", "_", socket.gethostname()) or "unknown"
 _HASHED = ("schema", "experiment", "arm", "seed", "budget", "data", "code")
+_REMOVE = "Remove it and run the same command again."
 _MB = 1_000_000
 _MAX_JSON = 50 * _MB  # also for one cell's rows
 _MAX_SMALL = 2 * _MB  # a specification, a traceback
@@ -72,7 +73,7 @@ def _show(value: object) -> str:
 
 def _fail(path: Path, field: str, expected: str, came: str, do: str = "") -> RunError:
     place = str(path) if str(path).isprintable() else repr(str(path))
-    do = do or "Remove it and run the same command again."
+    do = do or _REMOVE
     return RunError(f"{place}: {field}: expected {expected}, got {came}. {do}")
 
 
@@ -257,9 +258,8 @@ def _check_row(row: object, arm: Mapping[str, Scalar], path: Path, field: str) -
     _scalars(row, path, field)
     taken = {*arm, "seed", "budget", "data"}
     if isinstance(row, dict) and (both := taken & row.keys()):
-        do = "Name the column otherwise."
         expected = "columns other than the arm's, seed, budget and data"
-        raise _fail(path, field, expected, _show(sorted(both)), do)
+        raise _fail(path, field, expected, _show(sorted(both)))
 
 
 def read_cells(paths: Sequence[Path], experiment: str | None = None) -> list[StoredCell]:
@@ -520,26 +520,41 @@ def write_cell(
             number that is not finite.
         OSError: the disk is full, or the folder cannot be written.
     """
-    final = Path(run) / "cells" / str(spec.get("experiment")) / "new"
-    check_spec(spec, final / "spec.json")
-    final = final.with_name(cell_name(spec))
-    lines: list[str] = []
-    for number, row in enumerate(rows, 1):
-        _check_row(row, spec["arm"], final / "rows.jsonl", f"line {number}")
-        lines.append(json.dumps(row, sort_keys=True, allow_nan=False) + "\n")
-    text = "".join(lines)
-    small = len(text) <= _MAX_JSON and len(lines) <= _MAX_ROWS
-    expected = f"at most {_MAX_JSON / _MB:.0f} MB and {_MAX_ROWS} rows"
-    _need(small, final / "rows.jsonl", "the size", expected, f"{len(lines)} rows")
+    text = rows_text(spec, rows)
+    final = Path(run, "cells", spec["experiment"], cell_name(spec))
     files = {"spec.json": _dump(spec), "rows.jsonl": text, "run.log": log}
     _arrive(final, files, replace)
-    shutil.rmtree(Path(run) / "failed" / final.parent.name / final.name, ignore_errors=True)
+    forget_failure(run, spec)
     return final
+
+
+def rows_text(spec: Mapping[str, Any], rows: Iterable[Row]) -> str:
+    """The contents of rows.jsonl; RunError where specification or rows break the format."""
+    place = Path(f"a cell of {spec.get('experiment')}")
+    lines: list[str] = []
+    try:
+        check_spec(spec, place)
+        for number, row in enumerate(rows, 1):
+            _check_row(row, spec["arm"], place, f"row {number}")
+            lines.append(json.dumps(row, sort_keys=True, allow_nan=False) + "\n")
+        size = sum(map(len, lines))
+        few = size <= _MAX_JSON and len(lines) <= _MAX_ROWS
+        expected = f"at most {_MAX_JSON / _MB:.0f} MB and {_MAX_ROWS} rows"
+        _need(few, place, "the size", expected, f"{size / _MB:.0f} MB, {len(lines)} rows")
+    except RunError as error:
+        raise RunError(str(error).replace(_REMOVE, "Mend the experiment.")) from None
+    return "".join(lines)
+
+
+def forget_failure(run: Path, spec: Mapping[str, Any]) -> None:
+    """Remove what is stored of a failure of this cell."""
+    folder = Path(run, "failed", spec["experiment"], cell_name(spec))
+    shutil.rmtree(folder, ignore_errors=True)
 
 
 def write_failed(run: Path, spec: Mapping[str, Any], error_text: str) -> Path:
     """Store what a cell raised; a failure noted earlier for the same cell is replaced."""
-    check_spec(spec, Path(run) / "failed")
+    rows_text(spec, [])
     final = Path(run, "failed", spec["experiment"], cell_name(spec))
     text = error_text[-_MAX_SMALL // 4 :]  # the end of a traceback tells most; 4 bytes a character
     _arrive(final, {"spec.json": _dump(spec), "error.txt": text}, replace=True)
