@@ -1,0 +1,199 @@
+"""What an experiment is: one module of this folder, found by listing it.
+
+The module holds its protocol as its docstring, CLAIMS, and four functions:
+
+    cells(budget, data, seeds, rows) -> list[Cell]     everything wanted so far, best first
+    measure(arm, seed, budget, data) -> Iterable[Row]  one cell's measurements
+    judge(rows) -> list[Verdict]                       pure
+    figures(rows) -> list[dict]                        pure
+
+and, if later waves depend on earlier ones, expected(budget, data, seeds) -> list[Cell]: about
+what a whole run will ask for, used only to estimate how long it takes.
+"""
+
+import ast
+import dataclasses
+import difflib
+import functools
+import hashlib
+import importlib
+import importlib.util
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+from types import ModuleType
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from gammabeta._runs import Row, Scalar
+
+if TYPE_CHECKING:
+    from gammabeta.studies._data import Images
+    from gammabeta.studies._verdict import Verdict
+
+BUDGETS = ("tiny", "small", "full")
+_PACKAGE = Path(__file__).resolve().parents[1]
+# What decides the numbers of every cell. Not the rules: a new rule leaves the rows as they are.
+_SOURCES = ("moments.py", "ops", "layers", *(f"studies/_{n}.py" for n in ("nets", "train", "data")))
+_RULES = ("judge", "figures")
+
+
+class Cell(NamedTuple):
+    """One piece of work: one arm with one seed.
+
+    `cost` is its time relative to the other cells; all cells of a lower `wave` run before those
+    of a higher one, over all experiments of a run.
+    """
+
+    experiment: str
+    arm: Mapping[str, Scalar]
+    seed: int
+    cost: float = 1.0
+    wave: int = 0
+
+
+@dataclasses.dataclass(frozen=True)
+class Experiment:
+    """One experiment; its module is imported when something of it is first used.
+
+    `module` is an importable name, so that a worker process can import it too.
+    """
+
+    id: str
+    module: str
+
+    def _load(self) -> ModuleType:
+        try:
+            return importlib.import_module(self.module)
+        except Exception as error:
+            reason = f"{type(error).__name__}: {error}"
+            # A package that is not installed is for the user to install, not a defect.
+            kind = ModuleNotFoundError if isinstance(error, ModuleNotFoundError) else ImportError
+            raise kind(
+                f"The experiment {self.id} ({self.module}) cannot be imported: {reason}"
+            ) from error
+
+    def _get(self, name: str) -> Any:
+        try:
+            return getattr(self._load(), name)
+        except AttributeError as error:
+            raise AttributeError(
+                f"An experiment's module must define CLAIMS, cells, measure, judge and figures; "
+                f"{self.module} has no {name}. Add it there."
+            ) from error
+
+    @property
+    def CLAIMS(self) -> tuple[str, ...]:
+        return tuple(self._get("CLAIMS"))
+
+    @property
+    def protocol(self) -> str:
+        """The protocol in plain words: the module's docstring."""
+        return str(self._get("__doc__") or "")
+
+    def cells(self, budget: str, data: str, seeds: int | None, rows: list[Row]) -> list[Cell]:
+        """What is wanted, given the rows so far; RuntimeError if the experiment breaks its word."""
+        wanted: list[Cell] = self._call("cells", budget, data, seeds, rows)
+        self._check(wanted)
+        return wanted
+
+    def expected(self, budget: str, data: str, seeds: int | None) -> list[Cell]:
+        """About what a whole run will ask for: for estimates only."""
+        if not hasattr(self._load(), "expected"):
+            return self.cells(budget, data, seeds, [])
+        wanted: list[Cell] = self._call("expected", budget, data, seeds)
+        self._check(wanted)
+        return wanted
+
+    def measure(
+        self, arm: Mapping[str, Scalar], seed: int, budget: str, data: "Images"
+    ) -> Iterable[Row]:
+        measure: Callable[..., Iterable[Row]] = self._get("measure")
+        return measure(arm, seed, budget, data)
+
+    def judge(self, rows: list[Row]) -> "list[Verdict]":
+        verdicts: list[Verdict] = self._call("judge", rows)
+        return verdicts
+
+    def figures(self, rows: list[Row]) -> list[dict[str, Any]]:
+        figures: list[dict[str, Any]] = self._call("figures", rows)
+        return figures
+
+    def _call(self, name: str, *args: Any) -> Any:
+        function = self._get(name)
+        try:
+            return function(*args)
+        except Exception as error:
+            reason = f"{type(error).__name__}: {error}"
+            raise RuntimeError(
+                f"The experiment {self.id}: {name}() must give an answer for any rows, raised "
+                f"{reason}. Mend {self.module}."
+            ) from error
+
+    def _check(self, wanted: list[Cell]) -> None:
+        for cell in wanted:
+            if cell.experiment != self.id or not cell.cost > 0 or cell.wave < 0 or cell.seed < 0:
+                raise RuntimeError(
+                    f"A cell of {self.id} must name it, cost more than 0 and have wave and seed "
+                    f"of 0 or more, got {cell}. Mend {self.module}."
+                )
+
+    @functools.cached_property
+    def code(self) -> str:
+        """16 hex digits for the code that makes this experiment's rows (see `code_digest`)."""
+        spec = importlib.util.find_spec(self.module)
+        if spec is None or spec.origin is None:
+            raise ImportError(f"The experiment {self.id}: there is no module {self.module}.")
+        return code_digest(Path(spec.origin))
+
+
+def experiments() -> dict[str, Experiment]:
+    """The experiments of the package by id: file names without underscore, `_` written `-`."""
+    names = sorted(path.stem for path in Path(__file__).parent.glob("[!_]*.py"))
+    ids = {name.replace("_", "-"): name for name in names}
+    return {key: Experiment(key, f"gammabeta.studies.{name}") for key, name in ids.items()}
+
+
+def choose(ids: Iterable[str], catalogue: Mapping[str, Experiment] | None) -> list[Experiment]:
+    """The experiments of these ids, each once, in the order given.
+
+    Raises:
+        ValueError: there is no such experiment; the nearest one is named.
+    """
+    known = experiments() if catalogue is None else catalogue
+    for unknown in (key for key in ids if key not in known):
+        near = difflib.get_close_matches(unknown, known, n=1)
+        hint = f"Did you mean {near[0]}?" if near else f"There are: {', '.join(known)}."
+        raise ValueError(f"An experiment's id was expected, got {unknown!r}. {hint}")
+    return [known[key] for key in dict.fromkeys(ids)]
+
+
+def code_digest(experiment: Path) -> str:
+    """16 hex digits of the SHA-256 over the sources that decide an experiment's rows.
+
+    The same on every machine: neither folders nor line ends enter. The experiment's top-level
+    functions `judge` and `figures` are left out, so that rows outlive a change of rule.
+    """
+    digest = _shared_digest().copy()
+    text = _text(experiment)
+    lines = text.split("\n")
+    for node in reversed(ast.parse(text, str(experiment)).body):
+        if isinstance(node, ast.FunctionDef) and node.name in _RULES and node.end_lineno:
+            first = min([node.lineno, *(d.lineno for d in node.decorator_list)])
+            del lines[first - 1 : node.end_lineno]
+    digest.update("\n".join(lines).encode())
+    return digest.hexdigest()[:16]
+
+
+@functools.cache
+def _shared_digest() -> "hashlib._Hash":
+    digest = hashlib.sha256()
+    for name in _SOURCES:
+        path = _PACKAGE / name
+        for file in sorted(path.rglob("*.py")) if path.is_dir() else [path]:
+            # An absent file counts as an empty one: a smaller build has other digests, no crash.
+            text = _text(file) if file.is_file() else ""
+            digest.update(f"{file.relative_to(_PACKAGE).as_posix()}\0{text}\0".encode())
+    return digest
+
+
+def _text(path: Path) -> str:
+    return path.read_text(encoding="utf-8")  # universal newlines: "\r\n" is read as "\n"
