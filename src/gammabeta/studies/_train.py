@@ -1,0 +1,124 @@
+"""Training as the studies do it: one plain loop, and the two ways of evaluating.
+
+Images stay uint8 in memory; a batch becomes float32 in [0, 1] when it is drawn, which is as fast
+as gathering floats and needs a quarter of the memory.
+"""
+
+import hashlib
+from collections.abc import Collection, Iterator
+
+import torch
+from torch import Tensor
+from torch.nn.functional import cross_entropy
+
+from gammabeta.studies._nets import MLP
+
+
+def stream(seed: int, purpose: str) -> torch.Generator:
+    """A generator of its own for each (seed, purpose): drawing from one moves no other.
+
+    >>> torch.rand(1, generator=stream(0, "weights")) == torch.rand(1, generator=stream(0, "order"))
+    tensor([False])
+    """
+    digest = hashlib.sha256(f"{purpose} {seed}".encode()).digest()
+    # 63 bits: torch takes a signed 64-bit seed.
+    return torch.Generator().manual_seed(int.from_bytes(digest[:8], "big") >> 1)
+
+
+def pixels(images: Tensor, pixel_max: int) -> Tensor:
+    """Float32 rows in [0, 1] of uint8 images: (N, H, W) or (N, H W) -> (N, H W)."""
+    return images.flatten(1).to(torch.float32).div_(pixel_max)
+
+
+def batches(count: int, size: int, order: torch.Generator) -> Iterator[Tensor]:
+    """Indices of one batch after another, for ever: each epoch in a fresh random order.
+
+    The images left over at the end of an epoch, fewer than a batch, are skipped in that epoch.
+
+    Raises:
+        ValueError: fewer images than one batch needs.
+    """
+    if not 0 < size <= count:
+        raise ValueError(f"a batch needs 1 to {count} (all) images, got {size}.")
+    while True:
+        permutation = torch.randperm(count, generator=order)
+        yield from permutation[: count - count % size].view(-1, size)
+
+
+def train(
+    net: MLP,
+    images: Tensor,
+    labels: Tensor,
+    *,
+    pixel_max: int,
+    rate: float,
+    steps: int,
+    order: torch.Generator,
+    stops: Collection[int],
+    batch: int = 64,
+    loss: str = "mean",
+) -> Iterator[tuple[int, float]]:
+    """Stochastic gradient descent on cross-entropy, in place; pauses where it is asked to.
+
+    w <- w - rate * dL/dw, with L the mean or the sum over the batch. After each step in ``stops``
+    it yields the step and that step's mean loss (of the batch, before the update); the caller
+    evaluates there, then the loop goes on. A loss that is not finite is not an error.
+
+    Args:
+        images: uint8 (N, H, W) or (N, pixels); labels: int64 (N,).
+        pixel_max: the pixel value that becomes 1.0.
+        order: source of the batch order.
+        stops: steps, counted from 1, after which to pause.
+        loss: "mean" or "sum".
+    """
+    if loss not in ("mean", "sum"):
+        raise ValueError(f'loss must be "mean" or "sum", got {loss!r}.')
+    flat = images.flatten(1)
+    parameters = list(net.parameters())
+    wanted = frozenset(stops)
+    net.train()
+    for step, index in zip(range(1, steps + 1), batches(len(flat), batch, order), strict=False):
+        x = pixels(flat.index_select(0, index), pixel_max)
+        value = cross_entropy(net(x), labels.index_select(0, index), reduction=loss)
+        gradients = torch.autograd.grad(value, parameters)
+        with torch.no_grad():
+            for parameter, gradient in zip(parameters, gradients, strict=True):
+                parameter.sub_(gradient, alpha=rate)
+        if step in wanted:
+            yield step, value.item() / (batch if loss == "sum" else 1)
+
+
+def accuracy(net: MLP, x: Tensor, labels: Tensor, statistics: str = "running") -> float:
+    """Share of the float rows x that the network labels rightly, from 0 to 1.
+
+    ``statistics`` is "running" (evaluation as usual) or "batch": x as a single batch, normalized by
+    its own mean and variance. Neither changes the network, its mode or any random state.
+    """
+    if statistics not in ("running", "batch"):
+        raise ValueError(f'statistics must be "running" or "batch", got {statistics!r}.')
+    mode = net.training
+    with torch.no_grad():
+        if statistics == "batch":
+            logits = net.with_batch_statistics(x)
+        else:
+            try:
+                logits = net.eval()(x)
+            finally:
+                net.train(mode)
+        return float((logits.argmax(1) == labels).double().mean())
+
+
+def log_steps(steps: int, count: int, first: int = 10) -> list[int]:
+    """About ``count`` steps from ``first`` to ``steps`` in equal ratios, the last three together.
+
+    The last three are 96 %, 98 % and 100 % of the steps: a metric may be their mean. Steps that
+    round to the same number are given once.
+
+    >>> log_steps(1000, 8)
+    [10, 25, 62, 155, 385, 960, 980, 1000]
+    """
+    last = [round(steps * share) for share in (0.96, 0.98, 1.0)]
+    early = max(count - 3, 1)
+    top = last[0] / first
+    spaced = [round(first * top ** (k / early)) for k in range(early)] if top > 1 else []
+    return sorted({step for step in (*spaced, *last) if step >= 1})
