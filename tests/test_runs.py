@@ -129,7 +129,7 @@ def test_the_first_to_finish_wins_unless_asked_to_replace(run):
 
 def test_writers_at_the_same_time_leave_one_whole_cell(run):
     def write(number):
-        for _ in range(10):
+        for _ in range(5):
             _runs.write_cell(run, SPEC, [{"step": number}] * 50, "", replace=True)
 
     threads = [threading.Thread(target=write, args=(n,)) for n in range(4)]

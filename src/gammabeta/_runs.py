@@ -13,6 +13,7 @@ system), and run folders from several machines are merged by copying. What is re
 from a stranger: links are not followed, sizes are bounded, every field is checked.
 """
 
+import errno
 import hashlib
 import json
 import math
@@ -487,24 +488,29 @@ def _arrive(final: Path, files: Mapping[str, str], replace: bool) -> None:
         for name, text in files.items():
             _write(temp / name, text)
         _sync_folder(temp)
-        for _ in range(100):
+        while not _renamed(temp, final):
+            if not replace:
+                return  # somebody else finished first, and wins
             try:
-                temp.rename(final)
-                break
-            except OSError:
-                if not final.is_dir():
-                    raise
-                if not replace:
-                    return  # somebody else finished first, and wins
-                try:
-                    final.rename(old)
-                except FileNotFoundError:
-                    continue  # another writer moved it away; try again
-                shutil.rmtree(old)
+                final.rename(old)
+            except FileNotFoundError:
+                continue  # another writer has just moved it away
+            shutil.rmtree(old)
         _sync_folder(final.parent)
     finally:
         shutil.rmtree(temp, ignore_errors=True)
         shutil.rmtree(old, ignore_errors=True)
+
+
+def _renamed(temp: Path, final: Path) -> bool:
+    """Rename a folder; False where the name is taken. Asking first would be a race."""
+    try:
+        temp.rename(final)
+    except OSError as error:
+        if error.errno in (errno.EEXIST, errno.ENOTEMPTY):
+            return False
+        raise
+    return True
 
 
 def write_cell(
