@@ -21,13 +21,21 @@ _NAMES = {
     "LazyBatchNorm2d": "layers.batch_norm",
     "LazyBatchNorm3d": "layers.batch_norm",
     "Moments": "moments",
+    "StatisticsWarning": "layers._running",
+    "accumulate": "models.updates",
     "backends": "ops",
     "batch_norm": "ops",
+    "freeze": "models.freezing",
+    "functional_call": "models.updates",
+    "no_update": "models.updates",
+    "skipped": "models.updates",
+    "unfreeze": "models.freezing",
 }
 
 __all__ = ["__version__", *_NAMES]
 
 if TYPE_CHECKING:
+    from gammabeta.layers._running import StatisticsWarning as StatisticsWarning
     from gammabeta.layers.batch_norm import BatchNorm1d as BatchNorm1d
     from gammabeta.layers.batch_norm import BatchNorm2d as BatchNorm2d
     from gammabeta.layers.batch_norm import BatchNorm3d as BatchNorm3d
@@ -37,6 +45,12 @@ if TYPE_CHECKING:
     from gammabeta.layers.batch_norm import LazyBatchNorm1d as LazyBatchNorm1d
     from gammabeta.layers.batch_norm import LazyBatchNorm2d as LazyBatchNorm2d
     from gammabeta.layers.batch_norm import LazyBatchNorm3d as LazyBatchNorm3d
+    from gammabeta.models.freezing import freeze as freeze
+    from gammabeta.models.freezing import unfreeze as unfreeze
+    from gammabeta.models.updates import accumulate as accumulate
+    from gammabeta.models.updates import functional_call as functional_call
+    from gammabeta.models.updates import no_update as no_update
+    from gammabeta.models.updates import skipped as skipped
     from gammabeta.moments import Moments as Moments
     from gammabeta.ops import backends as backends
     from gammabeta.ops import batch_norm as batch_norm

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 from typing import Any, Literal
 
@@ -11,10 +12,23 @@ from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.parameter import is_lazy
 
 from gammabeta.moments import Moments
-from gammabeta.ops import batch_norm
+from gammabeta.ops import _torch, batch_norm
 from gammabeta.ops._activations import Act
 
 _BUFFERS = ("running_mean", "running_var")
+
+
+class StatisticsWarning(UserWarning):
+    """Running statistics are not what they seem; each layer warns once.
+
+    >>> import torch, warnings, gammabeta as gb
+    >>> layer = gb.BatchNorm1d(1)
+    >>> with warnings.catch_warnings(record=True) as caught:
+    ...     warnings.simplefilter("always")
+    ...     _ = layer(torch.tensor([[float("nan")], [1.0]]))
+    >>> caught[0].category.__name__, layer.running_mean
+    ('StatisticsWarning', tensor([0.]))
+    """
 
 
 class RunningMoments(_NormBase):
@@ -31,10 +45,22 @@ class RunningMoments(_NormBase):
     backend: str = "auto"
     stored_variance: Literal["unbiased", "biased"] = "unbiased"
     on_single: Literal["error", "running"] = "error"
-    _dimensions: tuple[int, ...] = ()
     running_mean: Tensor | None
     running_var: Tensor | None
     num_batches_tracked: Tensor | None
+
+    _dimensions: tuple[int, ...] = ()
+    # Set by the functions of gammabeta.models; here as defaults, so that a layer that was made
+    # by PyTorch's code and only changed its class has them too.
+    _label: str = ""  # qualified name in the model, for messages
+    _group: Any = None  # process group to share a batch's statistics with
+    _frozen: bool = False  # normalize by the running statistics, in training mode too
+    _thawed: dict[str, bool] | None = None  # requires_grad of γ and β before they were frozen
+    _blocked: int = 0  # how many no_update() are in force
+    _pending: list[Any] | None = None  # what accumulate() has merged so far, if it is in force
+    _rebind: bool = False  # give new buffers instead of writing into the old ones
+    _skipped: Tensor | None = None  # how many batches were not finite
+    _warned: bool = False
 
     def _configure(self, backend: str, stored_variance: str, on_single: str) -> None:
         for name, value, choices in (
@@ -46,13 +72,20 @@ class RunningMoments(_NormBase):
                     f"{type(self).__name__}: {name} must be {choices[0]!r} or {choices[1]!r}, "
                     f"got {value!r}."
                 )
-        # as plain attributes only where they differ: a layer made by PyTorch's code has none
+        # as attributes of the layer only where they differ from the defaults above
         if backend != "auto":
             self.backend = backend
         if stored_variance != "unbiased":
             self.stored_variance = "biased"
         if on_single != "error":
             self.on_single = "running"
+        self._prepare()
+
+    def _prepare(self) -> None:
+        """What a layer needs beyond the attributes above, however it came to be of this class."""
+        held = self._buffers.get("running_mean")
+        if held is not None:
+            self._skipped = torch.zeros((), dtype=torch.int64, device=held.device)
         self._widen_buffers()
 
     # -- forward ------------------------------------------------------------------------
@@ -60,20 +93,7 @@ class RunningMoments(_NormBase):
     def _forward(
         self, x: Tensor, eps: float, act: Act, residual: Tensor | None, mask: Tensor | None
     ) -> Tensor:
-        if x.dim() not in self._dimensions or x.shape[1] != self.num_features:
-            self._check_input_dim(x)
-            self._check_channels(x)
-        held = self._held()
-        given = None if self.training or held is None else Moments.given(*held)
-        commit = self.training and self.track_running_stats and held is not None
-        if given is None and mask is None and x.numel() == x.shape[1]:
-            if self.on_single == "error" or held is None:
-                raise ValueError(
-                    f"{type(self).__name__}: Expected more than 1 value per channel when "
-                    f"training, got input size {tuple(x.shape)}. Use a larger batch, call "
-                    '.eval(), or on_single="running".'
-                )
-            given, commit = Moments.given(*held), False
+        given = self._given(x, mask)
         y, seen = batch_norm(
             x,
             self.weight,
@@ -83,38 +103,118 @@ class RunningMoments(_NormBase):
             act=act,
             residual=residual,
             mask=mask,
+            group=self._group if given is None else None,
             backend=self.backend,
         )
-        if commit and held is not None:
-            self._commit(seen, *held)
+        if given is None:
+            self._propose(seen)
         return y
+
+    def _given(self, x: Tensor, mask: Tensor | None) -> Moments | None:
+        """Check the input; the running statistics if they normalize it, None if the batch's do."""
+        if x.dim() not in self._dimensions or x.shape[1] != self.num_features:
+            self._check_input_dim(x)
+            self._check_channels(x)
+        held = self._held()
+        if held is not None and (self._frozen or not self.training):
+            return Moments.given(*held)
+        if mask is None and self._group is None and x.numel() == x.shape[1]:
+            if held is not None and self.on_single == "running":
+                return Moments.given(*held)
+            raise ValueError(
+                f"{self._name()}: Expected more than 1 value per channel when training, got "
+                f"input size {tuple(x.shape)}. Use a larger batch, call .eval(), or "
+                f'on_single="running".{self._details()}'
+            )
+        return None
 
     def _held(self) -> tuple[Tensor, Tensor] | None:
         mean, var = self.running_mean, self.running_var
         return None if mean is None or var is None else (mean, var)
 
+    # -- running statistics -------------------------------------------------------------
+
+    def _propose(self, seen: Any) -> None:
+        """Offer the statistics of a forward pass: they are committed now, later or never.
+
+        ``seen`` is anything with ``merge`` that ``_commit`` understands.
+        """
+        if not (self.training and self.track_running_stats) or self._held() is None:
+            return
+        if self._blocked or _torch.in_backward():
+            return
+        if self._pending is not None:
+            self._pending[:] = [self._pending[0].merge(seen) if self._pending else seen]
+        else:
+            self._commit(seen)
+
     @torch.no_grad()
-    def _commit(self, seen: Moments, mean: Tensor, var: Tensor) -> None:
+    def _commit(self, seen: Moments) -> None:
         """Enter one batch into the running statistics, or nothing of it.
 
-        A statistic that is not finite would stay in the buffers for ever. The choice is made
-        by tensor values, so that a device never has to answer the host.
+        A statistic that is not finite would stay in the buffers for ever. Where reading a value
+        would make a device wait, or hide it from a tracer, the choice is made by tensor values.
         """
+        mean, var = self._held() or (seen.mean, seen.m2)
         # m2/(n − 1), which is 0/0 = NaN for a single value, so that it is skipped too
         count = seen.n if self.stored_variance == "biased" else (seen.n - 1).clamp(min=0)
-        batch = torch.stack((seen.mean, seen.m2 / count)).to(mean.dtype)
-        fine = torch.linalg.vector_norm(batch, torch.inf) < torch.inf  # False for NaN too
+        self._enter(running_mean=(mean, seen.mean), running_var=(var, seen.m2 / count))
+
+    def _enter(self, **pairs: tuple[Tensor, Tensor]) -> None:
+        """running ← (1 − momentum)·running + momentum·new for each buffer, all or none."""
+        old, new = zip(*pairs.values(), strict=True)
+        new = tuple(value.to(held.dtype) for held, value in pairs.values())
+        if any(_torch.is_batched(v) for v in new) and not self._rebind:
+            raise RuntimeError(
+                f"{self._name()}: under torch.func.vmap each copy has running statistics of its "
+                "own, which one buffer cannot hold. Use gammabeta.functional_call, which returns "
+                f"the new buffers stacked, or gammabeta.no_update.{self._details()}"
+            )
+        fine = torch.linalg.vector_norm(torch.cat(new), torch.inf) < torch.inf  # NaN: False
+        if _torch.host_readable(fine):
+            if not fine:
+                self._count_skip(~fine)
+                self._warn()
+                return
+        else:
+            new = tuple(torch.where(fine, v, held) for held, v in zip(old, new, strict=True))
+            self._count_skip(~fine)
         tracked = self.num_batches_tracked
         if tracked is not None:
-            tracked.add_(fine)
+            tracked = tracked + fine if self._rebind else tracked.add_(fine)
+            self._buffers["num_batches_tracked"] = tracked
+        weight: float | Tensor = 1.0
         if self.momentum is not None:
-            weight: float | Tensor = self.momentum
-        elif tracked is None:
-            weight = 1.0
-        else:
-            weight = 1.0 / tracked.clamp(min=1).to(mean.dtype)
-        for running, new in zip((mean, var), batch.unbind(), strict=True):
-            running.lerp_(torch.where(fine, new, running), weight)
+            weight = self.momentum
+        elif tracked is not None:
+            weight = 1.0 / tracked.clamp(min=1).to(old[0].dtype)
+        for name, held, value in zip(pairs, old, new, strict=True):
+            if self._rebind:
+                self._buffers[name] = torch.lerp(held, value, weight)
+            else:
+                held.lerp_(value, weight)
+
+    def _count_skip(self, skip: Tensor) -> None:
+        if not self._rebind and self._skipped is not None:
+            self._skipped.add_(skip)
+
+    def _warn(self) -> None:
+        if not self._warned:
+            self._warned = True
+            warnings.warn(
+                f"{self._name()}: a batch whose mean or variance is NaN or infinite was not "
+                "entered into the running statistics. Look for NaN in its input; "
+                f"gammabeta.skipped(model) counts such batches.{self._details()}",
+                StatisticsWarning,
+                stacklevel=2,
+            )
+
+    def _name(self) -> str:
+        kind = type(self).__name__
+        return f"{kind} {self._label!r}" if self._label else kind
+
+    def _details(self) -> str:
+        return "" if self._label else f" (The layer: {self!r}.)"
 
     # -- checks -------------------------------------------------------------------------
 
@@ -122,7 +222,7 @@ class RunningMoments(_NormBase):
         if x.dim() not in self._dimensions:
             wanted = " or ".join(f"{d}D" for d in self._dimensions)
             raise ValueError(
-                f"{type(self).__name__}: expected {wanted} input (got {x.dim()}D input of size "
+                f"{self._name()}: expected {wanted} input (got {x.dim()}D input of size "
                 f"{tuple(x.shape)}). Choose the layer by its dimensions: 1d for (N, C) and "
                 "(N, C, L), 2d for (N, C, H, W), 3d for (N, C, D, H, W)."
             )
@@ -132,7 +232,7 @@ class RunningMoments(_NormBase):
             owned = getattr(self, name)
             if owned is not None and owned.shape[0] != x.shape[1]:
                 raise RuntimeError(
-                    f"{type(self).__name__}: {name} should contain {x.shape[1]} elements not "
+                    f"{self._name()}: {name} should contain {x.shape[1]} elements not "
                     f"{owned.shape[0]}: the layer was made for num_features="
                     f"{self.num_features}, the input of size {tuple(x.shape)} has "
                     f"{x.shape[1]} channels on axis 1."
@@ -157,6 +257,10 @@ class RunningMoments(_NormBase):
                 # from the old values: a round trip through half precision would round them
                 wide = old if old.device == new.device else old.to(new.device)
                 self._buffers[name] = wide.to(torch.float32)
+        count, held = self._skipped, self._buffers.get("running_mean")
+        if count is not None and held is not None and count.device != held.device:
+            blank = torch.zeros((), dtype=torch.int64, device=held.device)
+            self._skipped = blank if count.is_meta else count.to(held.device)
         return self
 
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
@@ -175,7 +279,9 @@ class RunningMoments(_NormBase):
         for name in ("backend", "stored_variance", "on_single"):
             if getattr(self, name) != getattr(RunningMoments, name):
                 shown += f", {name}={getattr(self, name)!r}"
-        return shown
+        if self._frozen:
+            shown += ", frozen"
+        return shown if self._group is None else f"{shown}, synchronized"
 
 
 def _is_low(t: Tensor) -> bool:

@@ -129,7 +129,7 @@ class _Lazy(_LazyNormBase):
 
     # from the plain layer, which every subclass has behind this class in its bases
     _configure: Callable[[str, str, str], None]
-    _widen_buffers: Callable[[], None]
+    _prepare: Callable[[], None]
 
     def __init__(
         self,
@@ -150,7 +150,7 @@ class _Lazy(_LazyNormBase):
 
     def initialize_parameters(self, input: Tensor) -> None:
         super().initialize_parameters(input)
-        self._widen_buffers()
+        self._prepare()
 
 
 class LazyBatchNorm1d(_Lazy, nn.LazyBatchNorm1d, BatchNorm1d):

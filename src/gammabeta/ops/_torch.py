@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
+from torch import Tensor
 from torch.autograd import forward_ad
+from torch.utils import _python_dispatch as dispatch
 
 
 def transform_active() -> bool:
@@ -20,3 +24,34 @@ def transform_active() -> bool:
     if level is not None and level() is not None:
         return True
     return getattr(forward_ad, "_current_level", -1) >= 0
+
+
+def is_batched(t: Tensor) -> bool:
+    """Whether ``t`` stands for a stack of tensors inside ``torch.func.vmap``."""
+    if torch.compiler.is_compiling():
+        return False
+    functorch = getattr(torch._C, "_functorch", None)
+    check = getattr(functorch, "is_batchedtensor", None)
+    return bool(check(t)) if check is not None else False
+
+
+def in_backward() -> bool:
+    """Whether this thread is executing a backward pass.
+
+    A forward pass in there is the recomputation of activation checkpointing. Without the
+    private name every forward counts, as in PyTorch's own layers.
+    """
+    if torch.compiler.is_compiling():  # there the forward is recomputed without its side effects
+        return False
+    task = getattr(torch._C, "_current_graph_task_id", None)
+    return task is not None and task() != -1
+
+
+def host_readable(t: Tensor) -> bool:
+    """Whether reading a value of ``t`` costs nothing and hides nothing from a tracer."""
+    if torch.compiler.is_compiling() or type(t) is not Tensor or t.device.type != "cpu":
+        return False
+    mode = getattr(dispatch, "_get_current_dispatch_mode", None)
+    tracing = mode is not None and mode() is not None
+    recording: Callable[[], bool] = getattr(torch.jit, "is_tracing", lambda: False)
+    return not (tracing or recording() or transform_active())
