@@ -130,6 +130,9 @@ def public_names() -> str:
         value = getattr(gammabeta, name)
         if name == "__version__":
             continue
+        if inspect.isclass(value) and issubclass(value, Exception):
+            lines.append(f"class {name}({value.__base__.__name__})")
+            continue
         kind = "class" if inspect.isclass(value) else "def"
         lines.append(f"{kind} {name}{inspect.signature(value)}")
         if inspect.isclass(value) and "forward" in dir(value):
