@@ -30,8 +30,8 @@ def cells(budget, data, seeds, rows):
 
 def expected(budget, data, seeds):
     tuning = cells(budget, data, seeds, [])
-    main = [Cell("toy", {"part": "main", "rate": -1.0}, s, wave=1) for s in range(seeds or 2)]
-    return tuning + main + main
+    arms = [{"part": "main", "rate": guess} for guess in (-1.0, -2.0)]
+    return tuning + [Cell("toy", arm, s, wave=1) for arm in arms for s in range(seeds or 2)]
 
 
 def measure(arm, seed, budget, data):

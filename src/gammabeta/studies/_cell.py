@@ -1,6 +1,7 @@
 """One cell, in whatever process: on one thread, with random numbers and a log of its own."""
 
 import contextlib
+import functools
 import io
 import logging
 import os
@@ -51,6 +52,14 @@ def run_cell(task: Task) -> Outcome:
     status, reason, seconds = "done", "", 0.0
     try:
         try:
+            if (
+                task.owner is not None
+                and _code(task.experiment.id, task.experiment.module) != (task.spec["code"])
+            ):
+                raise RuntimeError(
+                    "The sources must stay as they are while a run lasts, but they were changed. "
+                    "Run the same command again."
+                )
             rows, seconds = measure(task, log)
             log.write(f"{len(rows)} rows, {seconds:.2f} s\n")
             # Here, where it is the cell's fault: below, it is the disk's.
@@ -64,6 +73,12 @@ def run_cell(task: Task) -> Outcome:
     except OSError as error:
         status, reason = "disk", f"{error.strerror or error}"
     return Outcome(name, status, seconds, reason)
+
+
+@functools.cache
+def _code(experiment: str, module: str) -> str:
+    """The digest of what this process has imported, taken once: later edits do not reach it."""
+    return Experiment(experiment, module).code
 
 
 def measure(task: Task, log: TextIO) -> tuple[list[Row], float]:

@@ -13,7 +13,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from gammabeta import _runs
+from gammabeta import __version__, _runs
 from gammabeta._runs import Row, RunError, StoredCell
 from gammabeta.studies import _data
 from gammabeta.studies._cell import Task, make_spec, measure
@@ -269,12 +269,14 @@ def _open(out: Path) -> None:
 
     if out.exists() and not out.is_dir():
         raise RunError(f"{out}: the output must be a folder, got a file. Choose another one.")
-    if (out / "claims.json").exists():
-        _runs.read_claims(out)  # a newer format must not be overwritten
+    claims = _claims.public()
+    # Read first: a newer format must not be overwritten, and what is there needs no space.
+    present = _runs.read_claims(out) if (out / "claims.json").exists() else []
     try:
         out.mkdir(parents=True, exist_ok=True)
-        value = {"schema": _runs.SCHEMA, "claims": _claims.public()}
-        _runs.write_json(out / "claims.json", value)
+        if present != claims:
+            value = {"schema": _runs.SCHEMA, "gammabeta": __version__, "claims": claims}
+            _runs.write_json(out / "claims.json", value)
     except OSError as error:
         raise RunError(
             f"{out}: the output folder must be writable, got: {error.strerror or error}. "
