@@ -1,0 +1,320 @@
+"""What the page says, gathered from run folders: plain values, no HTML.
+
+Everything here came from files that a stranger may have written. `_runs` has checked names and
+types; texts stay texts and are escaped where they are shown.
+"""
+
+import shlex
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from gammabeta._runs import (
+    RunError,
+    StoredCell,
+    read_cells,
+    read_claims,
+    read_failed,
+    read_figures,
+    read_verdicts,
+)
+from gammabeta.report._marks import Scale, is_number, number
+
+Claim = dict[str, Any]
+Verdict = dict[str, Any]
+FIRST_SCREEN = 12  # rows: what a reader takes in at one glance
+
+
+@dataclass(frozen=True)
+class Section:
+    """All that is known about one experiment."""
+
+    id: str
+    question: str
+    verdicts: list[Verdict]
+    unjudged: list[Claim]
+    figures: list[dict[str, Any]]
+    protocol: list[str]
+    cells: list[StoredCell]
+    failed: list[dict[str, Any]]
+    reproduce: list[str]
+    dispute: list[tuple[str, str]]
+
+    @property
+    def anchor(self) -> str:
+        return f"exp-{self.id}"
+
+
+@dataclass
+class Content:
+    """The whole page."""
+
+    runs: list[dict[str, Any]] = field(default_factory=list)
+    claims: list[Claim] = field(default_factory=list)
+    verdicts: list[Verdict] = field(default_factory=list)
+    surprises: list[str] = field(default_factory=list)
+    notices: list[str] = field(default_factory=list)
+    missing: list[str] = field(default_factory=list)
+    facts: list[tuple[str, str]] = field(default_factory=list)
+    figures: list[dict[str, Any]] = field(default_factory=list)
+    sections: list[Section] = field(default_factory=list)
+    scale: Scale = field(default_factory=lambda: Scale([]))
+
+    @property
+    def first(self) -> list[Verdict]:
+        """The rows of the first screen: headline claims first, then what else was judged."""
+        ordered = sorted(self.verdicts, key=lambda verdict: not verdict["text"]["headline"])
+        return ordered[:FIRST_SCREEN]
+
+    @property
+    def waiting(self) -> list[Claim]:
+        """Headline claims that these folders do not decide."""
+        return [claim for claim in self.claims if claim["headline"] and not claim["judged"]]
+
+
+def gather(paths: Sequence[Path]) -> Content:
+    """Read the run folders and put together what the page says.
+
+    Raises RunError where a folder is not a run folder or a file in it is not what it has to be.
+    """
+    page = Content()
+    cells = read_cells(paths)
+    failed = read_failed(paths)
+    protocols: dict[str, str] = {}
+    for path in paths:
+        name = _label(path)
+        page.runs.append({"name": name, "command": shlex.quote(name)})
+        claims = read_claims(path)
+        _merge(page.claims, claims, ("id",))
+        derived = read_verdicts(path)
+        drawn = read_figures(path)
+        if derived is None:
+            page.missing.append(
+                f"{name} has no verdicts.json: its runs have not been judged. "
+                f"gammabeta study judge {shlex.quote(name)} makes it."
+            )
+        else:
+            new = [{**verdict, "run": name} for verdict in derived["verdicts"]]
+            same = ("claim", "data", "budget", "status", "effect", "n")
+            _merge(page.verdicts, new, same)
+            page.surprises += [text for text in derived["surprises"] if text not in page.surprises]
+            if derived["notice"] and derived["notice"] not in page.notices:
+                page.notices.append(derived["notice"])
+            protocols = {**_protocols(derived, path), **protocols}
+        if drawn is None:
+            page.missing.append(
+                f"{name} has no figures.json, so there are no plots of it. "
+                f"gammabeta study judge {shlex.quote(name)} makes it."
+            )
+        else:
+            page.figures += [{**figure, "run": name} for figure in drawn if not _held(page, figure)]
+        if not claims:
+            page.missing.append(f"{name} has no claims.json: claims are shown by their ids only.")
+    if not cells:
+        page.missing.append("There is no finished cell in " + _join(map(_label, paths)) + ".")
+    _complete(page)
+    page.facts = _facts(page, cells, failed)
+    page.sections = _sections(page, cells, failed, protocols)
+    return page
+
+
+def _label(path: Path) -> str:
+    """The folder as the reader named it, without what an absolute path tells of a machine."""
+    return path.name or "run" if path.is_absolute() else str(path)
+
+
+def _join(names: Iterable[str]) -> str:
+    return ", ".join(names)
+
+
+def _merge(into: list[dict[str, Any]], new: list[dict[str, Any]], keys: tuple[str, ...]) -> None:
+    """Add what is not there yet; the folder named first wins."""
+    seen = {tuple(item[key] for key in keys) for item in into}
+    for item in new:
+        mark = tuple(item[key] for key in keys)
+        if mark not in seen:
+            seen.add(mark)
+            into.append(item)
+
+
+def _held(page: Content, figure: Mapping[str, Any]) -> bool:
+    """Whether the same figure came with an earlier folder, as it does from a copied run."""
+    return any({**old, "run": None} == {**figure, "run": None} for old in page.figures)
+
+
+def _protocols(derived: Mapping[str, Any], path: Path) -> dict[str, str]:
+    value = derived.get("protocols", {})
+    texts = isinstance(value, dict) and all(isinstance(text, str) for text in value.values())
+    if not texts:
+        raise RunError(
+            f"{path / 'verdicts.json'}: protocols: expected an object of texts, got "
+            f"{type(value).__name__}. Judge the run again: gammabeta study judge."
+        )
+    return dict(value)
+
+
+def _complete(page: Content) -> None:
+    """Tie verdicts to their claims, order both, and find the scale of the bars."""
+    known = {claim["id"]: claim for claim in page.claims}
+    place = {claim: number for number, claim in enumerate(known)}
+    judged: dict[str, list[Verdict]] = {}
+    ratios: list[float] = []
+    for verdict in page.verdicts:
+        claim = known.get(verdict["claim"]) or _unknown(verdict)
+        verdict["text"] = claim
+        verdict["lo"], verdict["hi"] = verdict["ci"] or (None, None)
+        verdict["parts"] = _parts(verdict["cells"])
+        verdict["where"] = f"{verdict['data']}, budget {verdict['budget']}"
+        judged.setdefault(verdict["claim"], []).append(verdict)
+        ratios += _ratios(verdict)
+    page.verdicts.sort(key=lambda verdict: place.get(verdict["claim"], len(place)))
+    for claim in page.claims:
+        claim["judged"] = judged.get(claim["id"], [])
+        claim["statuses"] = list(dict.fromkeys(verdict["status"] for verdict in claim["judged"]))
+    page.scale = Scale(ratios)
+
+
+def _parts(cells: list[dict[str, Any]]) -> dict[str, list[dict[str, Any]]]:
+    """The outcomes of a verdict under the headings they carry, in their own order."""
+    found: dict[str, list[dict[str, Any]]] = {}
+    for cell in cells:
+        known = {key: cell.get(key) for key in ("name", "status", "effect", "lo", "hi", "n")}
+        found.setdefault(str(cell.get("part") or ""), []).append(known)
+    return found
+
+
+def _unknown(verdict: Verdict) -> Claim:
+    """Stands in for a claim that is in no registry of these folders."""
+    texts = dict.fromkeys(("source", "topic", "rule", "caveats"), "")
+    same = {"id": verdict["claim"], "title": verdict["claim"], "question": verdict["claim"]}
+    more = {"reported": verdict["reported"], "origin": "beyond", "kind": "statistical"}
+    rest = {"experiment": verdict["experiment"], "headline": False, "thresholds": {}}
+    return {**texts, **same, **more, **rest}
+
+
+def _ratios(verdict: Verdict) -> list[float]:
+    delta = verdict["delta"]
+    if not (is_number(delta) and delta > 0):
+        return []
+    values = [verdict["effect"], verdict["lo"], verdict["hi"]]
+    for cell in verdict["cells"]:
+        values += [cell.get("effect"), cell.get("lo"), cell.get("hi")]
+    return [value / delta for value in values if is_number(value)]
+
+
+def _facts(
+    page: Content, cells: list[StoredCell], failed: list[dict[str, Any]]
+) -> list[tuple[str, str]]:
+    """The line of small print under the title: what was run, on what, with which versions."""
+    specs = [cell.spec for cell in cells]
+    versions = {
+        name: sorted({spec["versions"][name] for spec in specs if name in spec["versions"]})
+        for name in ("gammabeta", "torch", "python")
+    }
+    count = f"{number(len(cells))} finished" + (f", {len(failed)} failed" if failed else "")
+    decided = sum(bool(claim["judged"]) for claim in page.claims)
+    facts = [
+        ("Run folders", _join(run["name"] for run in page.runs)),
+        ("Cells", count),
+        ("Claims", f"{decided} of {len(page.claims)} judged here"),
+        ("Data", _join(sorted({spec["data"]["name"] for spec in specs}))),
+        ("Budget", _join(sorted({spec["budget"] for spec in specs}))),
+        ("Versions", _join(f"{name} {_join(found)}" for name, found in versions.items() if found)),
+        ("Code", _join(sorted({spec["code"] for spec in specs}))),
+    ]
+    return [(name, text) for name, text in facts if text]
+
+
+def _sections(
+    page: Content,
+    cells: list[StoredCell],
+    failed: list[dict[str, Any]],
+    protocols: Mapping[str, str],
+) -> list[Section]:
+    for place, figure in enumerate(page.figures):
+        figure["place"] = place  # where the page's script finds its numbers
+        name = f"fig-{figure['experiment']}-{figure['id']}"
+        used = [old.get("anchor") for old in page.figures]
+        figure["anchor"] = f"{name}-{place}" if name in used else name
+    by_cell: dict[str, list[StoredCell]] = {}
+    for cell in cells:
+        by_cell.setdefault(cell.spec["experiment"], []).append(cell)
+    present = {*by_cell, *(verdict["experiment"] for verdict in page.verdicts)}
+    present |= {item["spec"]["experiment"] for item in failed}
+    present |= {figure["experiment"] for figure in page.figures}
+    registered = [claim["experiment"] for claim in page.claims if claim["experiment"] in present]
+    sections = []
+    for name in dict.fromkeys([*registered, *sorted(present)]):
+        claims = [claim for claim in page.claims if claim["experiment"] == name]
+        verdicts = [verdict for verdict in page.verdicts if verdict["experiment"] == name]
+        broken = [item for item in failed if item["spec"]["experiment"] == name]
+        specs = [cell.spec for cell in by_cell.get(name, [])] + [item["spec"] for item in broken]
+        texts = claims or [verdict["text"] for verdict in verdicts]
+        sections.append(
+            Section(
+                id=name,
+                question=texts[0]["question"] if texts else name,
+                verdicts=verdicts,
+                unjudged=[claim for claim in claims if not claim["judged"]],
+                figures=[figure for figure in page.figures if figure["experiment"] == name],
+                protocol=[part for part in protocols.get(name, "").split("\n\n") if part.strip()],
+                cells=by_cell.get(name, []),
+                failed=[_failure(item) for item in broken],
+                reproduce=_reproduce(name, specs),
+                dispute=_dispute(page, verdicts),
+            )
+        )
+    return sections
+
+
+def _failure(item: Mapping[str, Any]) -> dict[str, Any]:
+    spec = item["spec"]
+    lines = [line for line in item["error"].splitlines() if line.strip()]
+    raised = [line for line in lines if not line.startswith((" ", "Traceback"))]
+    arm = _join(f"{key} {number(value)}" for key, value in spec["arm"].items())
+    return {
+        "name": f"{arm}, seed {spec['seed']}, {spec['data']['name']}, budget {spec['budget']}",
+        "line": (raised or lines or ["no error text was kept"])[0][:300],
+        "error": item["error"],
+    }
+
+
+def _reproduce(name: str, specs: list[dict[str, Any]]) -> list[str]:
+    """The commands that make these cells again, one for each budget and data set."""
+    made = Counter((spec["budget"], spec["data"]["name"]) for spec in specs)
+    return [
+        f"gammabeta study run {name} --budget {budget} --data {data} --out runs/{name}"
+        for budget, data in made
+    ]
+
+
+def _dispute(page: Content, verdicts: list[Verdict]) -> list[tuple[str, str]]:
+    """For each verdict a sentence and the command that judges it by another threshold."""
+    found: dict[str, tuple[str, str]] = {}
+    for verdict in verdicts:
+        thresholds = verdict["text"]["thresholds"]
+        key = "delta" if "delta" in thresholds else next(iter(sorted(thresholds)), None)
+        if key is None or not is_number(thresholds[key]):
+            continue
+        harder = verdict["status"] == "supported"
+        value = thresholds[key] * (2 if harder else 0.5)
+        claim = shlex.quote(f"{verdict['claim']}.{key}={value:.4g}")
+        run = shlex.quote(verdict["run"])
+        asked = "twice as large" if harder else "half as large"
+        found[verdict["claim"]] = (
+            f"With {key} {asked} ({value:.4g} in place of {thresholds[key]:.4g}):",
+            f"gammabeta study judge {run} --set {claim}",
+        )
+    return list(found.values())
+
+
+def columns(cells: Sequence[StoredCell]) -> dict[str, Any]:
+    """The rows of an experiment's cells as columns: names, one list of values per name.
+
+    A column that a row does not have holds None there.
+    """
+    rows = [{**row, "cell": cell.path.name} for cell in cells for row in cell.flat()]
+    names = list(dict.fromkeys(name for row in rows for name in row))
+    return {"names": names, "rows": len(rows), "values": [[r.get(n) for r in rows] for n in names]}

@@ -1,0 +1,148 @@
+"""Small marks that stand in tables: numbers as text, an interval as a bar, a status as a shape."""
+
+import math
+from typing import Any
+
+from markupsafe import Markup
+
+WIDTH = 240  # of a bar, in CSS pixels
+HEIGHT = 26
+_EDGE = 8  # room at both ends, where an arrow says that the interval goes on
+_MINUS = "\N{MINUS SIGN}"
+
+# status -> the word on the page, and what it means
+STATUSES = {
+    "supported": ("supported", "The whole interval lies above zero and the effect reaches δ."),
+    "refuted": ("refuted", "The whole interval lies below δ: absent, too small, or reversed."),
+    "mixed": ("mixed", "Supported at one of the levels declared beforehand, refuted at another."),
+    "inconclusive": ("inconclusive", "These runs cannot tell; the page says how many would."),
+    "exact": ("exact", "An identity, confirmed to the rounding of the computation."),
+    "fails": ("fails", "An identity with a counterexample that is shown."),
+    "demo": ("demo only", "Measured on the bundled digits: shows the method, decides nothing."),
+    "none": ("not run here", "No run of it lies in the given folders."),
+}
+
+# One shape per status, drawn in a box of 16 by 16, so that color is never the only cue.
+_RING = '<circle class="o" cx="8" cy="8" r="6.2"/>'
+_SHAPES = {
+    "supported": '<circle class="f" cx="8" cy="8" r="7"/>'
+    '<path class="i" d="M4.6 8.3 7 10.7l4.5-5"/>',
+    "refuted": '<rect class="f" x="1.5" y="1.5" width="13" height="13" rx="2"/>'
+    '<path class="i" d="m5 5 6 6m0-6-6 6"/>',
+    "mixed": _RING + '<path class="f" d="M8 1.8a6.2 6.2 0 0 1 0 12.4z"/>',
+    "inconclusive": '<circle class="o d" cx="8" cy="8" r="6.2"/>',
+    "exact": _RING + '<path class="o" d="M5.2 6.6h5.6M5.2 9.4h5.6"/>',
+    "fails": '<path class="o" d="M8 1.8 14.6 14H1.4z"/><path class="o" d="M8 6v3.6M8 11.3v1"/>',
+    "demo": '<path class="o" d="m8 1.5 6.5 6.5L8 14.5 1.5 8z"/>',
+    "none": '<path class="o" d="M4 8h8"/>',
+}
+
+
+def number(value: Any, sign: bool = False) -> str:
+    """A number as a reader wants it: three significant digits, a true minus, "–" for none.
+
+    >>> number(2.3456), number(-0.5, sign=True), number(1234567.0), number(None)
+    ('2.35', '−0.5', '1.23e6', '–')
+    """
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return "–" if value is None else str(value)
+    if isinstance(value, int) and abs(value) < 10**15:
+        text = f"{abs(value):,}".replace(
+            ",", "\N{NARROW NO-BREAK SPACE}" if abs(value) > 9999 else ""
+        )
+    else:
+        size = abs(float(value))
+        digits = f"{size:.3g}"
+        if "e" in digits:
+            mantissa, power = digits.split("e")
+            digits = f"{mantissa}e{int(power)}".replace("-", _MINUS)
+        text = digits
+    return (_MINUS if value < 0 else "+" if sign and value > 0 else "") + text
+
+
+def is_number(value: Any) -> bool:
+    """Whether a value from a run folder can be drawn."""
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def status_mark(status: str | None) -> Markup:
+    """The status as shape and word; None means that there is no run."""
+    key = status if status in STATUSES else "none"
+    return Markup(
+        '<span class="status s-{}"><svg viewBox="0 0 16 16" width="16" height="16" '
+        'aria-hidden="true">{}</svg>{}</span>'
+    ).format(key, Markup(_SHAPES[str(key)]), STATUSES[str(key)][0])
+
+
+class Scale:
+    """One scale for all bars of the page, in multiples of each claim's own δ.
+
+    A value v stands at asinh(v/δ): nearly linear up to δ, logarithmic beyond, so that an effect
+    of half a δ and one of fifty can be read on the same line. `span` is the largest |v/δ| shown.
+    """
+
+    def __init__(self, ratios: list[float]) -> None:
+        largest = max((abs(ratio) for ratio in ratios if math.isfinite(ratio)), default=3.0)
+        self.span = min(max(1.15 * largest, 3.0), 300.0)
+
+    def at(self, ratio: float) -> float:
+        """The horizontal place of v/δ in a bar."""
+        half = WIDTH / 2 - _EDGE
+        share = math.asinh(max(-self.span, min(self.span, ratio))) / math.asinh(self.span)
+        return WIDTH / 2 + half * share
+
+    def ticks(self) -> list[tuple[float, str]]:
+        """Places and names of the marks on the axis."""
+        steps = [1] + [step for step in (10, 100) if step < 0.8 * self.span]
+        named = [(float(step), "δ" if step == 1 else f"{step}δ") for step in steps]
+        left = [(-step, _MINUS + name) for step, name in reversed(named)]
+        return [(self.at(step), name) for step, name in [*left, (0.0, "0"), *named]]
+
+    def axis(self) -> Markup:
+        """The axis alone, for the head of a column of bars."""
+        marks = [
+            Markup('<text x="{:.1f}" y="11">{}</text><path d="M{:.1f} 15v5"/>').format(x, name, x)
+            for x, name in self.ticks()
+        ]
+        return Markup(
+            '<svg class="bar axis" viewBox="0 0 {} 20" width="{}" height="20" '
+            'aria-hidden="true">{}</svg>'
+        ).format(WIDTH, WIDTH, Markup("").join(marks))
+
+    def bar(self, effect: Any, lo: Any, hi: Any, delta: Any) -> Markup:
+        """Effect and interval beside the band of effects too small to matter.
+
+        Empty where there is no effect or no δ to measure it by.
+        """
+        if not (is_number(effect) and is_number(delta) and delta > 0):
+            return Markup("")
+        middle = HEIGHT / 2
+        left, right = self.at(-1.0), self.at(1.0)
+        parts = [
+            Markup('<rect class="band" x="{:.1f}" y="2" width="{:.1f}" height="{}"/>').format(
+                left, right - left, HEIGHT - 4
+            ),
+            Markup('<path class="zero" d="M{:.1f} 0v{}"/>').format(WIDTH / 2, HEIGHT),
+        ]
+        label = f"effect {number(effect, sign=True)}"
+        if is_number(lo) and is_number(hi):
+            a, b = self.at(lo / delta), self.at(hi / delta)
+            parts.append(Markup('<path class="ci" d="M{:.1f} {}H{:.1f}"/>').format(a, middle, b))
+            for end, ratio in ((a, lo / delta), (b, hi / delta)):
+                beyond = abs(ratio) > self.span
+                side = int(math.copysign(5, ratio))
+                form = f"m{-side} -5 {side} 5 {-side} 5" if beyond else "m0 -7v14"
+                parts.append(
+                    Markup('<path class="ci" d="M{:.1f} {}{}"/>').format(end, middle, form)
+                )
+            label += f", interval {number(lo, sign=True)} to {number(hi, sign=True)}"
+        parts.append(
+            Markup('<circle class="dot" cx="{:.1f}" cy="{}" r="4"/>').format(
+                self.at(effect / delta), middle
+            )
+        )
+        label += f", smallest effect that matters {number(delta)}"
+        return Markup(
+            '<svg class="bar" viewBox="0 0 {} {}" width="{}" height="{}" role="img" '
+            'aria-label="{}">{}</svg>'
+        ).format(WIDTH, HEIGHT, WIDTH, HEIGHT, label, Markup("").join(parts))

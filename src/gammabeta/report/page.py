@@ -1,0 +1,135 @@
+"""The door of the report: run folders in, one HTML file out."""
+
+import os
+import secrets
+from collections.abc import Sequence
+from datetime import UTC, datetime
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+from gammabeta import __version__
+from gammabeta.report import INSTALL
+
+try:
+    import jinja2
+except ImportError as error:
+    raise ImportError(INSTALL) from error
+if find_spec("plotly") is None:
+    raise ImportError(INSTALL)
+
+from gammabeta.report import _content, _embed, _marks
+
+LIMIT = 8_000_000  # bytes of the whole page
+_MARGIN = 100_000
+
+
+def write(paths: Sequence[Path], out: Path) -> Path:
+    """Write one self-contained HTML page about the given run folders and return its path.
+
+    The page needs no network and no other file, and stays under 8 MB: where the rows of all
+    cells do not fit, the longest tables are left out and the page says so. It appears under
+    `out` by one rename, or not at all.
+
+    Args:
+        paths: one or more run folders; what several of them hold is shown together.
+        out: the HTML file to write; its folder is made where it is missing.
+
+    Raises:
+        RunError: a folder is not a run folder, or a file in it is not what it has to be.
+        OSError: `out` cannot be written.
+        ImportError: the extra `report` is not installed.
+        ValueError: no run folder was given.
+
+    Example:
+        >>> write([], Path("report.html"))
+        Traceback (most recent call last):
+        ValueError: report: expected a run folder, got none. Name one or more of them.
+    """
+    runs = [Path(path) for path in paths]
+    if not runs:
+        raise ValueError("report: expected a run folder, got none. Name one or more of them.")
+    out = Path(out)
+    if out.is_dir():
+        raise IsADirectoryError(
+            f"report: expected a file to write, got the folder {out}. "
+            f"Name a file: {out / 'report.html'}"
+        )
+    text = _render(_content.gather(runs))
+    # A lone surrogate, which JSON can hold, has no UTF-8; it is shown as "?".
+    _replace(out, text.encode("utf-8", "replace"))
+    return out
+
+
+def _render(content: _content.Content) -> str:
+    template = _template()
+    scripts = {
+        "theme": _embed.script_text(_embed.asset("theme.js")),
+        "plotly": _embed.script_text(_embed.plotly_script()),
+        "page": _embed.script_text(_embed.asset("page.js")),
+    }
+    fixed: dict[str, Any] = {
+        "page": content,
+        "policy": _embed.policy([str(text) for text in scripts.values()]),
+        "scripts": scripts,
+        "style": _embed.script_text(_embed.asset("style.css")),
+        "license": _embed.plotly_license(),
+        "figure_data": _embed.data_text(_embed.rounded(content.figures, digits=5)),
+        "made": datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
+        "version": __version__,
+        "statuses": _marks.STATUSES,
+        "number": _marks.number,
+        "status_mark": _marks.status_mark,
+    }
+    tables = {section.id: _table(section) for section in content.sections if section.cells}
+    text = template.render(fixed, tables=tables)
+    while len(text.encode("utf-8", "replace")) > LIMIT - _MARGIN:
+        longest = max(tables, key=lambda name: len(tables[name]["packed"]), default=None)
+        if longest is None or not tables[longest]["packed"]:
+            break
+        tables[longest] = {**tables[longest], "packed": ""}
+        text = template.render(fixed, tables=tables)
+    return text
+
+
+def _table(section: _content.Section) -> dict[str, Any]:
+    table = _content.columns(section.cells)
+    return {
+        "rows": table["rows"],
+        "cells": len(section.cells),
+        "packed": _embed.packed(_embed.rounded(table)),
+    }
+
+
+def _template() -> jinja2.Template:
+    environment = jinja2.Environment(
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    return environment.from_string(_embed.asset("template.html.j2"))
+
+
+def _replace(out: Path, data: bytes) -> None:
+    """Write under a temporary name beside `out` and rename, so that nobody reads half a page."""
+    temp = out.with_name(f".{out.name}.{secrets.token_hex(4)}.tmp")
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        temp.write_bytes(data)
+        os.replace(temp, out)
+    except OSError as error:
+        kind = type(error)
+        raise kind(
+            f"report: the page cannot be written to {out}: {error.strerror or error}. "
+            "Name another file with -o."
+        ) from error
+    finally:
+        _remove(temp)
+
+
+def _remove(temp: Path) -> None:
+    try:
+        temp.unlink(missing_ok=True)
+    except OSError:
+        return  # its folder is not one, or is not ours: nothing was made there
