@@ -75,8 +75,8 @@ def answer(
     )
     own = list(notes)
     for level, outcome in published.items():
-        said = f"weakest {named(outcome)}" if outcome.interval else "nothing to compare"
-        own.append(f"As published, {level}: {said}" + ("." if demo else f"; {outcome.status}."))
+        result = "" if demo else f"{outcome.status} ({outcome.reason}), "
+        own.append(f"As published, {level}: {result}weakest {named(outcome)}.")
     predicted = None
     if planned is not None and fair.weakest is not None and len(pilot[fair.weakest]) > 1:
         predicted = half_width(interval(pilot[fair.weakest]).sd, planned)
