@@ -29,7 +29,9 @@ _NAMES = {
     "functional_call": "models.updates",
     "no_update": "models.updates",
     "skipped": "models.updates",
+    "sync_statistics": "models.synchronization",
     "unfreeze": "models.freezing",
+    "unsync_statistics": "models.synchronization",
 }
 
 __all__ = ["__version__", *_NAMES]
@@ -47,6 +49,8 @@ if TYPE_CHECKING:
     from gammabeta.layers.batch_norm import LazyBatchNorm3d as LazyBatchNorm3d
     from gammabeta.models.freezing import freeze as freeze
     from gammabeta.models.freezing import unfreeze as unfreeze
+    from gammabeta.models.synchronization import sync_statistics as sync_statistics
+    from gammabeta.models.synchronization import unsync_statistics as unsync_statistics
     from gammabeta.models.updates import accumulate as accumulate
     from gammabeta.models.updates import functional_call as functional_call
     from gammabeta.models.updates import no_update as no_update

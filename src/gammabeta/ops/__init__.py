@@ -9,21 +9,24 @@ it cannot run), ``LACKS`` (promises that it does not keep) and the seam ``moment
 
 from __future__ import annotations
 
+import copy
 import difflib
 import math
 from collections.abc import Callable
 from types import ModuleType
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor
 
 from gammabeta.moments import Moments, spread_mask, statistics
-from gammabeta.ops import _activations, _native, _reference, _torch
+from gammabeta.ops import _activations, _collective, _native, _reference, _torch
 from gammabeta.ops._activations import Act, Parsed
+from gammabeta.ops._collective import Meeting
 
 _BACKENDS: dict[str, ModuleType] = {"native": _native, "reference": _reference}
 _LOW = (torch.float16, torch.bfloat16)
+Answer: TypeAlias = tuple[Tensor, Moments]
 
 
 class Backend(NamedTuple):
@@ -72,7 +75,9 @@ def batch_norm(
         mask: bool, True = valid, broadcastable to x without its channel axis. Elsewhere y = 0
             and dx = 0 exactly, whatever x holds there; invalid positions enter no statistic
             and no gradient.
-        group: reserved for statistics over the ranks of a process group; must be None.
+        group: a ``torch.distributed`` process group: the batch is that of all its ranks, which
+            must all make the call; uneven and empty ones are exact. One collective forward and one
+            backward, of O(C) bytes. Gradients of γ and β are those of the rank's own samples.
         backend: "auto", or a name that :func:`backends` lists.
 
     Returns:
@@ -81,6 +86,7 @@ def batch_norm(
     Raises:
         TypeError: x is not floating, or mask is not bool.
         ValueError: a shape, eps, act or backend that cannot be; the message says what came.
+        RuntimeError: with a group: ranks meet in different calls, or one does not come.
 
     >>> import torch, gammabeta as gb
     >>> x = torch.tensor([[1.0, 10.0], [3.0, 10.0]])
@@ -95,15 +101,23 @@ def batch_norm(
     Differs from ``torch.nn.functional.batch_norm``: see ``docs/architecture.md``.
     """
     parsed = _activations.parse(act)
-    _check(x, weight, bias, moments, eps, residual, group)
+    _check(x, weight, bias, moments, eps, residual)
+    if group is not None and moments is not None:
+        raise ValueError(
+            "batch_norm: group and moments exclude each other: given statistics are normalized "
+            "with on every rank alike, got both. Leave one out."
+        )
     valid = None if mask is None else spread_mask(mask, x)
     # in half precision γ and β lose digits that the float32 arithmetic behind would keep
     weight = weight.float() if weight is not None and weight.dtype in _LOW else weight
     bias = bias.float() if bias is not None and bias.dtype in _LOW else bias
-    chosen = _choose(
-        backend, x, weight=weight, bias=bias, stats=moments, eps=eps, mask=mask, residual=residual
-    )
-    if chosen is _native:
+    operands = {"weight": weight, "bias": bias, "stats": moments, "eps": eps, "mask": mask}
+    chosen = _choose(backend, x, **operands, residual=residual, group=group)
+    if group is not None:
+        rest = (weight, bias, residual, valid, eps, parsed, chosen)
+        # the compiler calls what it cannot see through as it is
+        return _uncompiled(_synchronized)(x, _collective.meet(group), *rest)
+    if chosen is _native:  # in one call, differentiated by PyTorch
         return _native.forward(x, weight, bias, moments, eps, parsed, residual)
     if torch.compiler.is_compiling() or _torch.transform_active():
         # plain operations: every transform and the compiler sees through them
@@ -112,8 +126,26 @@ def batch_norm(
         return y, Moments(*(part.detach() for part in stats))
     given = moments is not None
     stats = moments if moments is not None else chosen.moments(x, valid)
-    seam: Callable[..., Tensor] = _Seam.apply
-    y = seam(x, weight, bias, residual, valid, stats, given, eps, parsed, chosen)
+    y = _seam(x, weight, bias, residual, valid, stats, given, eps, parsed, chosen, None)
+    return y, stats
+
+
+def _synchronized(
+    x: Tensor,
+    meeting: Meeting,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    valid: Tensor | None,
+    eps: float,
+    act: Parsed,
+    backend: ModuleType,
+) -> tuple[Tensor, Moments]:
+    """The seam with a collective between its functions."""
+    meeting.calls += 1
+    with torch.no_grad():
+        stats = _collective.merged(backend.moments(x, valid), x, meeting)
+    y = _seam(x, weight, bias, residual, valid, stats, False, eps, act, backend, meeting)
     return y, stats
 
 
@@ -175,7 +207,6 @@ def _check(
     moments: Moments | None,
     eps: float,
     residual: Tensor | None,
-    group: Any,
 ) -> None:
     if not x.is_floating_point():
         raise TypeError(f"batch_norm: expected a floating input, got {x.dtype}. Use x.float().")
@@ -201,11 +232,6 @@ def _check(
             f"batch_norm: residual must be floating and have the shape of the input, "
             f"{tuple(x.shape)}, got {tuple(residual.shape)} in {residual.dtype}. Expand it first."
         )
-    if group is not None:
-        raise ValueError(
-            "batch_norm: group must be None, statistics over several processes are not offered "
-            f"in this version, got {group!r}. Use torch.nn.SyncBatchNorm on a GPU."
-        )
 
 
 class _Seam(torch.autograd.Function):
@@ -229,6 +255,7 @@ class _Seam(torch.autograd.Function):
         eps: float,
         act: Parsed,
         backend: ModuleType,
+        meeting: Meeting | None,
     ) -> Tensor:
         y: Tensor = backend.normalize(x, stats, weight, bias, eps, act, residual, valid)
         # without an activation the derivative does not depend on the residual's value
@@ -236,22 +263,33 @@ class _Seam(torch.autograd.Function):
         ctx.save_for_backward(x, weight, bias, kept, valid, *stats)
         ctx.residual_dtype = None if residual is None else residual.dtype
         ctx.given, ctx.eps, ctx.act, ctx.backend = given, eps, act, backend
+        # the layer's next call raises the number; the backward belongs to this one
+        ctx.meeting = copy.copy(meeting)
         return y
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> Any:
         (dy,) = grads
         x, weight, bias, residual, valid, *parts = ctx.saved_tensors
-        stats, backend = Moments(*parts), ctx.backend
+        stats, backend, meeting = Moments(*parts), ctx.backend, ctx.meeting
         if torch.is_grad_enabled():
             backend = _reference
-            stats = stats if ctx.given else statistics(x, valid)
+            if not ctx.given:
+                stats = statistics(x, valid)
+                if meeting is not None:
+                    stats = _collective.merged(stats, x, meeting)
         if ctx.residual_dtype is not None and residual is None:
             residual = dy.new_zeros((), dtype=ctx.residual_dtype).expand_as(x)
         rest = (weight, bias, ctx.eps, ctx.act, residual, valid)
         sums = backend.reduce_grads(dy, x, stats, *rest)
         n = None if ctx.given else stats.n
-        dx, dresidual = backend.grad_input(dy, x, stats, sums, n, *rest)
+        total = sums if meeting is None else _collective.summed(sums, x, meeting)
+        dx, dresidual = backend.grad_input(dy, x, stats, total, n, *rest)
         dweight = None if weight is None else sums[1].to(weight.dtype)
         dbias = None if bias is None else sums[0].to(bias.dtype)
-        return dx, dweight, dbias, dresidual, None, None, None, None, None, None
+        return dx, dweight, dbias, dresidual, *(None,) * 7
+
+
+# torch leaves both without types
+_seam: Callable[..., Tensor] = _Seam.apply
+_uncompiled: Callable[[Callable[..., Answer]], Callable[..., Answer]] = torch.compiler.disable

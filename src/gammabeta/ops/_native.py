@@ -28,6 +28,7 @@ def why_not(
     stats: Moments | None = None,
     eps: float = 1e-5,
     mask: Tensor | None = None,
+    group: Any = None,
     **call: Any,
 ) -> str | None:
     """The reason why PyTorch's op cannot run this call, or None."""
@@ -39,7 +40,7 @@ def why_not(
     for name, value in (("weight", weight), ("bias", bias)):
         if value is not None and value.dtype != wide:
             return f"PyTorch's op needs {name} in {wide} beside an input in {x.dtype}"
-    if stats is None and x.numel() <= x.shape[1]:
+    if stats is None and x.numel() <= (x.shape[1] if group is None else 0):
         return "PyTorch's op needs more than one value per channel to take statistics"
     return None
 
