@@ -133,8 +133,8 @@ class Moments(NamedTuple):
 
     def unbiased(self) -> Tensor:
         """Unbiased variance m2/(n − 1), (C,), float64; NaN where n ≤ 1."""
-        few = self.n <= 1
-        return torch.where(few, torch.nan, self.m2 / torch.where(few, 1.0, self.n - 1))
+        freedom = self.n - 1
+        return self.m2 / torch.where(freedom > 0, freedom, torch.nan)
 
 
 def statistics(x: Tensor, valid: Tensor | None) -> Moments:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Callable
 from typing import Any, Literal
@@ -156,30 +157,33 @@ class RunningMoments(_NormBase):
         would make a device wait, or hide it from a tracer, the choice is made by tensor values.
         """
         mean, var = self._held() or (seen.mean, seen.m2)
-        # m2/(n − 1), which is 0/0 = NaN for a single value, so that it is skipped too
-        count = seen.n if self.stored_variance == "biased" else (seen.n - 1).clamp(min=0)
-        self._enter(running_mean=(mean, seen.mean), running_var=(var, seen.m2 / count))
+        if self.stored_variance == "biased":
+            batch_var = seen.var()
+        elif seen.n.dim() == 0 and _torch.host_readable(seen.n) and seen.n > 1:
+            batch_var = seen.m2 / (float(seen.n) - 1)  # as unbiased(), in one operation
+        else:
+            batch_var = seen.unbiased()  # NaN for a single value, so that it is skipped too
+        self._enter(running_mean=(mean, seen.mean), running_var=(var, batch_var))
 
     def _enter(self, **pairs: tuple[Tensor, Tensor]) -> None:
         """running ← (1 − momentum)·running + momentum·new for each buffer, all or none."""
-        old, new = zip(*pairs.values(), strict=True)
-        new = tuple(value.to(held.dtype) for held, value in pairs.values())
-        if any(_torch.is_batched(v) for v in new) and not self._rebind:
-            raise RuntimeError(
-                f"{self._name()}: under torch.func.vmap each copy has running statistics of its "
-                "own, which one buffer cannot hold. Use gammabeta.functional_call, which returns "
-                f"the new buffers stacked, or gammabeta.no_update.{self._details()}"
-            )
-        fine = torch.linalg.vector_norm(torch.cat(new), torch.inf) < torch.inf  # NaN: False
-        if _torch.host_readable(fine):
+        old = [held for held, _ in pairs.values()]
+        new = [value.to(held.dtype) for held, value in pairs.values()]
+        tracked = self.num_batches_tracked
+        fine: bool | Tensor
+        if _torch.host_readable(new[0]):
+            # the largest magnitude is NaN or infinite if any value is
+            fine = all(math.isfinite(torch.linalg.vector_norm(v, torch.inf)) for v in new)
             if not fine:
-                self._count_skip(~fine)
+                self._count_skip(1)
                 self._warn()
                 return
         else:
-            new = tuple(torch.where(fine, v, held) for held, v in zip(old, new, strict=True))
-            self._count_skip(~fine)
-        tracked = self.num_batches_tracked
+            self._check_batched(new)
+            keep = torch.linalg.vector_norm(torch.cat(new), torch.inf) < torch.inf
+            new = [torch.where(keep, v, held) for held, v in zip(old, new, strict=True)]
+            self._count_skip(~keep)
+            fine = keep
         if tracked is not None:
             tracked = tracked + fine if self._rebind else tracked.add_(fine)
             self._buffers["num_batches_tracked"] = tracked
@@ -194,7 +198,15 @@ class RunningMoments(_NormBase):
             else:
                 held.lerp_(value, weight)
 
-    def _count_skip(self, skip: Tensor) -> None:
+    def _check_batched(self, new: list[Tensor]) -> None:
+        if not self._rebind and any(_torch.is_batched(value) for value in new):
+            raise RuntimeError(
+                f"{self._name()}: under torch.func.vmap each copy has running statistics of its "
+                "own, which one buffer cannot hold. Use gammabeta.functional_call, which returns "
+                f"the new buffers stacked, or gammabeta.no_update.{self._details()}"
+            )
+
+    def _count_skip(self, skip: int | Tensor) -> None:
         if not self._rebind and self._skipped is not None:
             self._skipped.add_(skip)
 
