@@ -3,10 +3,12 @@
 import json
 import os
 import resource
+import shutil
 import socket
 import subprocess
 import sys
 import threading
+import time
 
 import pytest
 
@@ -65,10 +67,10 @@ FIGURE = {
 }
 
 
-@pytest.fixture
-def run(tmp_path):
+@pytest.fixture(scope="module")
+def original(tmp_path_factory):
     """A small run folder with one cell, one failure and all derived files."""
-    path = tmp_path / "run"
+    path = tmp_path_factory.mktemp("original") / "run"
     _runs.write_cell(path, SPEC, ROWS, "a log")
     _runs.write_failed(path, {**SPEC, "seed": 4}, "Traceback: boom")
     _runs.write_json(path / "claims.json", {"schema": 1, "claims": [CLAIM]})
@@ -76,6 +78,11 @@ def run(tmp_path):
     _runs.write_json(path / "verdicts.json", {"schema": 1, **verdicts})
     _runs.write_json(path / "figures.json", {"schema": 1, "figures": [FIGURE]})
     return path
+
+
+@pytest.fixture
+def run(original, tmp_path):
+    return shutil.copytree(original, tmp_path / "run")
 
 
 def cell_of(run):
@@ -368,9 +375,13 @@ def test_hidden_and_unfinished_entries_are_passed_over(run):
 def test_what_the_dead_left_is_removed_and_the_rest_stays(run):
     with subprocess.Popen([sys.executable, "-c", ""]) as gone:
         gone.wait()
+    zombie = subprocess.Popen([sys.executable, "-c", ""], stdout=subprocess.PIPE)
+    zombie.stdout.read()  # it has ended (or is about to), and nobody has asked after it
+    time.sleep(0.2)
     host, folder = socket.gethostname(), cell_of(run).parent
     names = {
         f"{host}-{gone.pid}-ab": False,
+        f"{host}-{zombie.pid}-ab": False,
         f"{host}-{os.getpid()}-ab": True,
         f"another.host-{gone.pid}-ab": True,
         "without-number": True,
@@ -378,7 +389,10 @@ def test_what_the_dead_left_is_removed_and_the_rest_stays(run):
     for name in names:
         (folder / f".tmp-{'0' * 16}-{name}").mkdir()
     (run / f".tmp-{'0' * 16}-{host}-{gone.pid}-ab").touch()
-    assert _runs.remove_dead(run) == 2
+    if not os.path.exists("/proc/self/stat"):
+        zombie.wait()
+    assert _runs.remove_dead(run) == 3
+    zombie.communicate()
     left = {path.name for path in folder.glob(".tmp-*")}
     assert left == {f".tmp-{'0' * 16}-{name}" for name, stays in names.items() if stays}
     assert len(_runs.read_cells([run])) == 1

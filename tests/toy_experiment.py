@@ -10,7 +10,6 @@ import warnings
 import torch
 
 from gammabeta.studies._run import Cell
-from gammabeta.studies._verdict import Verdict
 
 CLAIMS = ("toy-faster",)
 RATES = (0.01, 0.1, 0.3)
@@ -55,6 +54,8 @@ def measure(arm, seed, budget, data):
 
 
 def judge(rows):
+    from gammabeta.studies._verdict import Verdict  # not in workers: scipy costs them a second
+
     last = [row for row in rows if row["part"] == "main" and row["step"] == 40]
     if not last:
         return []

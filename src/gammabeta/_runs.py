@@ -610,4 +610,9 @@ def _alive(pid: int) -> bool:
         return False
     except OSError:
         return True  # somebody else's process
-    return True
+    try:
+        # Dead, but nobody has asked after it: in a container often for ever.
+        state = Path(f"/proc/{pid}/stat").read_text(errors="replace").rpartition(")")[2].split()
+    except OSError:
+        return True  # no /proc, or gone just now: then the next run removes it
+    return state[:1] not in (["Z"], ["X"])

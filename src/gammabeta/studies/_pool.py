@@ -4,6 +4,7 @@ import contextlib
 import os
 import signal
 import time
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -136,10 +137,17 @@ def in_processes(state: State, wave: Sequence[Job]) -> None:
             try:
                 _parallel(state, [job])
             except TerminatedWorkerError as error:
-                reason = f"The worker process was ended: {_first_line(error)}"
-                store_failure(job.task, f"{reason}\nIs there enough memory for this cell?")
-                state.end(job, Outcome(job.name, "failed", 0.0, reason))
+                state.end(job, _blame(job, error))
         queue = [job for job in queue if job.name not in state.ended | state.skipped]
+
+
+def _blame(job: Job, error: BaseException) -> Outcome:
+    reason = f"The worker process was ended: {_first_line(error)}"
+    try:
+        store_failure(job.task, f"{reason}\nIs there enough memory for this cell?")
+    except OSError as full:
+        return Outcome(job.name, "disk", 0.0, f"{full.strerror or full}")
+    return Outcome(job.name, "failed", 0.0, reason)
 
 
 def _first_line(error: BaseException) -> str:
@@ -168,8 +176,14 @@ def _parallel(state: State, queue: Sequence[Job]) -> None:
         state.workers = True
         with _interrupts_wait():
             outcomes = parallel(feed())
-        for outcome in outcomes:
-            state.end(by_name[outcome.name], outcome)
+        try:
+            for outcome in outcomes:
+                state.end(by_name[outcome.name], outcome)
+        finally:
+            # After an interrupt: now, not when memory is cleaned up, and without joblib's regret.
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore", UserWarning)
+                outcomes.close()
 
 
 @contextlib.contextmanager
@@ -189,5 +203,7 @@ def end_workers(state: State, kill: bool) -> None:
     if state.workers:
         from joblib.externals.loky import get_reusable_executor
 
-        get_reusable_executor().shutdown(wait=True, kill_workers=kill)
+        # reuse=True: the executor that there is; else it would be replaced, after waiting for it.
+        executor = get_reusable_executor(reuse=True, kill_workers=kill)
+        executor.shutdown(wait=True, kill_workers=kill)
         state.workers = False
