@@ -1,6 +1,7 @@
 """From stored rows to verdicts and figures: pure reading, which may be done again at any time."""
 
 import dataclasses
+import inspect
 import math
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
@@ -26,6 +27,7 @@ class Judged(NamedTuple):
     figures: list[dict[str, Any]]
     surprises: list[str]
     notice: str | None
+    protocols: dict[str, str]  # experiment -> its protocol in plain words
 
 
 class Selection(NamedTuple):
@@ -112,6 +114,7 @@ def judge(
     verdicts: list[Verdict] = []
     figures: list[dict[str, Any]] = []
     notice = None
+    protocols: dict[str, str] = {}
     for experiment in chosen:
         if experiment.id not in stored:
             continue
@@ -123,9 +126,10 @@ def judge(
             notes = [*verdict.notes, *selection.notes]
             verdicts.append(dataclasses.replace(verdict, notes=notes))
         figures += experiment.figures(rows)
+        protocols[experiment.id] = inspect.cleandoc(experiment.protocol)
         if selection.cells[0].spec["data"]["name"] == "digits":
             notice = f"{_data.DIGITS_NOTICE} {_data.HOW_TO_GET_MNIST}"
-    return Judged(verdicts, figures, surprises(verdicts), notice)
+    return Judged(verdicts, figures, surprises(verdicts), notice, protocols)
 
 
 def surprises(verdicts: "Sequence[Verdict]") -> list[str]:
@@ -161,6 +165,7 @@ def write_derived(run: Path, judged: Judged) -> None:
         "verdicts": [_plain(verdict.to_json()) for verdict in judged.verdicts],
         "surprises": judged.surprises,
         "notice": judged.notice,
+        "protocols": judged.protocols,
     }
     figures = {**head, "figures": _plain(judged.figures)}
     _runs.check_verdicts(verdicts, run / "verdicts.json")
