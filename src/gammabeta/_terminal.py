@@ -1,0 +1,419 @@
+"""What the command line shows: tables that read well at 80 columns, and progress on stderr."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import os
+import platform
+import textwrap
+import time
+from collections import Counter
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from importlib.metadata import PackageNotFoundError, version
+from typing import TYPE_CHECKING, Any, NoReturn
+
+from rich.console import Console
+from rich.padding import Padding
+from rich.table import Table
+from rich.text import Text
+
+if TYPE_CHECKING:
+    from gammabeta.studies._claims import Claim
+    from gammabeta.studies._run import Estimate, Event, Result
+
+Found = Mapping[str, Any]  # a verdict, as its to_json() gives it
+
+# A word, a sign and a color: the color is never the only cue. The colors are of fixed and middling
+# lightness, since nobody knows the background: each has a contrast of 4 or more on white and on
+# black, which a terminal's own green, yellow and cyan have not.
+MARKS = {
+    "supported": ("+", "color(28)"),
+    "exact": ("=", "color(28)"),
+    "refuted": ("-", "color(161)"),
+    "fails": ("-", "color(161)"),
+    "mixed": ("~", "color(99)"),
+    "inconclusive": ("?", "color(130)"),
+    "demo": ("o", "color(30)"),
+}
+MANY = 12  # verdicts; of more, only the headline claims are answered in sentences
+_GAP = 2
+
+
+class _Console(Console):
+    def on_broken_pipe(self) -> NoReturn:
+        # rich would end the process here, with exit code 1
+        raise BrokenPipeError
+
+
+def _console(stderr: bool = False) -> Console:
+    console = _Console(stderr=stderr, highlight=False, markup=False, emoji=False)
+    # Off a terminal rich would take COLUMNS; a wide terminal needs no wider lines.
+    console.width = min(console.width, 100) if console.is_terminal else 80
+    return console
+
+
+def _status(status: str | None) -> Text:
+    if status is None:
+        return Text("–")
+    sign, color = MARKS[status]
+    return Text(f"{sign} {status}", style=color)
+
+
+def _table(*columns: tuple[str, dict[str, Any]], header: bool = True) -> Table:
+    table = Table(
+        box=None,
+        pad_edge=False,
+        padding=(0, _GAP, 0, 0),
+        header_style="bold",
+        show_header=header,
+    )
+    for name, options in columns:
+        table.add_column(name, **options)
+    return table
+
+
+def _by_topic(listed: Iterable[Claim]) -> Iterator[tuple[str, list[Claim]]]:
+    from gammabeta.studies._claims import TOPICS
+
+    groups: dict[str, list[Claim]] = {topic: [] for topic in TOPICS}
+    for claim in listed:
+        groups[claim.topic].append(claim)
+    return ((topic, group) for topic, group in groups.items() if group)
+
+
+def number(value: float) -> str:
+    """A signed number of three digits or so: +16.87, -0.30, +2.2e-16, +0.00."""
+    plain = value == 0 or 0.005 <= abs(value) < 1000
+    return f"{value:+.2f}" if plain else f"{value:+.1e}"
+
+
+def duration(seconds: float) -> str:
+    """3 s, 4 min 05 s, 2 h 10 min."""
+    minutes, rest = divmod(round(seconds), 60)
+    if not minutes:
+        return f"{rest} s"
+    if minutes < 60:
+        return f"{minutes} min {rest:02d} s"
+    return f"{minutes // 60} h {minutes % 60:02d} min"
+
+
+# --- claims and verdicts --------------------------------------------------------------------
+
+
+def claims(listed: Collection[Claim]) -> None:
+    """All claims by topic: id, and what a reader would ask."""
+    console = _console()
+    table = _table(("", {"no_wrap": True}), ("", {}), header=False)
+    for topic, group in _by_topic(listed):
+        if table.row_count:
+            table.add_row()
+        table.add_row(Text(topic.replace("-", " ").capitalize(), style="bold"))
+        for claim in group:
+            mark = "*" if claim.experiment else " "
+            table.add_row(f"{mark} {claim.id}", claim.question)
+    console.print(table)
+    ready = sum(claim.experiment is not None for claim in listed)
+    console.print()
+    console.print(
+        f"{len(listed)} claims; those with * ({ready}) have an experiment: "
+        "`gammabeta study run CLAIM` decides one, `gammabeta study show CLAIM` tells all about it."
+    )
+
+
+def verdicts(found: Sequence[Found], surprises: Sequence[str], known: Mapping[str, Claim]) -> None:
+    """The verdicts: one row a claim, the answers in sentences, and what surprised."""
+    console = _console()
+    if not found:
+        console.print("No verdicts yet: there are no finished cells to judge.")
+        return
+    many = len(found) > MANY
+    console.print(_verdict_table(found, known, console.width, by_topic=many))
+    console.print()
+    console.print(_caption(found))
+    told = [verdict for verdict in found if not many or known[verdict["claim"]].headline]
+    for verdict in told:
+        console.print()
+        claim = verdict["claim"]
+        console.print(Text.assemble((claim, "bold"), "  ", known[claim].question))
+        console.print(Padding(Text(verdict["sentence"]), (0, 0, 0, 2)))
+    if many:
+        console.print("\n`gammabeta study show CLAIM` tells each answer in full.")
+    if surprises:
+        console.print()
+        console.print("What surprised", style="bold")
+        for text in surprises:
+            for verdict in told:  # the answer itself stands above
+                text = text.removesuffix(verdict["sentence"]).rstrip()
+            console.print(Padding(Text(text), (0, 0, 0, 2)))
+
+
+def _verdict_table(
+    found: Sequence[Found], known: Mapping[str, Claim], width: int, by_topic: bool
+) -> Table:
+    budgets = {verdict["budget"] for verdict in found}
+    rows = {
+        verdict["claim"]: (
+            _status(verdict["published_status"]),
+            _status(verdict["status"]),
+            effect(verdict),
+            f"{verdict['n']}",
+            # one budget for all is said below the table, where there is more room
+            verdict["data"] if len(budgets) == 1 else f"{verdict['data']}, {verdict['budget']}",
+        )
+        for verdict in found
+    }
+    heads = ("as published", "fair", "effect [95 %]", "n", "on")
+    widths = [
+        max(len(head), *(len(row[i]) for row in rows.values())) for i, head in enumerate(heads)
+    ]
+    # What is left for the claim and its effect; the interval goes below the effect if it must.
+    left = width - sum(widths) + widths[2] - len(heads) * _GAP
+    longest = max(map(len, rows))
+    narrow = longest + widths[2] > left
+    if narrow:
+        widths[2] = max(len(part) for row in rows.values() for part in _halves(row[2]))
+    room = max(8, min(longest, left - widths[2]))
+    table = _table(
+        ("claim", {"min_width": room}),
+        *((head, {"no_wrap": True, "min_width": w}) for head, w in zip(heads, widths, strict=True)),
+    )
+    table.columns[4].justify = "right"
+
+    def add(claim: str) -> None:
+        published, fair, size, n, on = rows[claim]
+        size = "\n".join(_halves(size)) if narrow else size
+        name = "\n".join(textwrap.wrap(claim, room))  # breaks after a hyphen
+        table.add_row(name, published, fair, size, n, on)
+
+    if not by_topic:
+        for claim in rows:
+            add(claim)
+        return table
+    for topic, group in _by_topic(known[claim] for claim in rows):
+        if table.row_count:
+            table.add_row()
+        table.add_row(Text("\n".join(textwrap.wrap(topic, room)), style="bold"))
+        for one in group:
+            add(one.id)
+    return table
+
+
+def _halves(size: str) -> list[str]:
+    return size.split(" ", 1)
+
+
+def _caption(found: Sequence[Found]) -> str:
+    parts = []
+    if len(found) > 3:
+        counted = Counter(verdict["status"] for verdict in found)
+        kinds = [f"{counted[status]} {status}" for status in MARKS if counted[status]]
+        parts.append(f"{len(found)} claims, in the fair setting {', '.join(kinds)}.")
+    budgets = sorted({verdict["budget"] for verdict in found})
+    if len(budgets) == 1:
+        parts.append(f"Budget {budgets[0]}.")
+    units: dict[str, list[str]] = {}
+    for verdict in found:
+        if verdict["unit"]:
+            units.setdefault(verdict["unit"], []).append(verdict["claim"])
+    if len(units) == 1:
+        parts.append(f"Effects in {next(iter(units))}.")
+    elif units and len(found) <= MANY:
+        lists = [f"Effects in {unit}: {', '.join(names)}." for unit, names in units.items()]
+        return "\n".join([" ".join(parts), *lists]).lstrip()
+    return " ".join(parts)
+
+
+def effect(verdict: Found) -> str:
+    """Effect and interval: +16.87 [+13.48, +20.25]."""
+    size, ci = verdict["effect"], verdict["ci"]
+    if size is None or not math.isfinite(size):
+        return "–"
+    if ci is None or not all(end is not None and math.isfinite(end) for end in ci):
+        return number(size)
+    return f"{number(size)} [{number(ci[0])}, {number(ci[1])}]"
+
+
+def card(claim: Claim, verdict: Found | None) -> None:
+    """All that is known of one claim: what the registry says, then what the runs say."""
+    console = _console()
+    console.print(Text.assemble((claim.id, "bold"), "  ", claim.question))
+    table = _table(("", {"style": "bold", "no_wrap": True}), ("", {}), header=False)
+
+    def add(name: str, text: str | Text) -> None:
+        if text:
+            table.add_row(name, text)
+
+    add("Claim", claim.title)
+    add("Source", claim.source)
+    add("Reported", claim.reported)
+    add("Rule", claim.rule)
+    add("Caveats", claim.caveats)
+    if verdict is None:
+        cure = f"run `gammabeta study run {claim.id}`" if claim.experiment else "no experiment yet"
+        add("Verdict", f"none: {cure}")
+    else:
+        where = f"{verdict['data']}, {verdict['budget']}"
+        size = f"{effect(verdict)} {verdict['unit']}, n = {verdict['n']}, on {where}"
+        add("Published", _status(verdict["published_status"]))
+        add("Fair", _status(verdict["status"]))
+        add("Effect", size)
+        add("Answer", verdict["sentence"])
+        for note in verdict["notes"]:
+            add("Note", note)
+    console.print(Padding(table, (0, 0, 0, 2)))
+
+
+def other_rules(rules: Mapping[str, Mapping[str, float]], known: Mapping[str, Claim]) -> None:
+    """Say that what follows is not the registry's verdict."""
+    changes = [
+        f"{claim}.{key} = {value:g} (in the registry {known[claim].thresholds[key]:g})"
+        for claim, thresholds in rules.items()
+        for key, value in thresholds.items()
+    ]
+    console = _console()
+    console.print(
+        f"Under another rule: {'; '.join(changes)}. Shown only: what is stored stays as it is."
+    )
+    console.print()
+
+
+def notice(text: str, last: str) -> None:
+    """A paragraph, and after it one whole line that no width breaks."""
+    text = text.removesuffix(last).strip()
+    if text:
+        _console().print(f"\n{text}")
+    print(last)
+
+
+def environment() -> dict[str, Any]:
+    """Versions, processor, threads and backends of this machine."""
+    import torch
+
+    import gammabeta
+
+    facts: dict[str, Any] = {
+        "gammabeta": gammabeta.__version__,
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "processor": torch.backends.cpu.get_cpu_capability(),
+        "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "cuda": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+    }
+    for package in ("torch", "numpy", "scipy", "joblib", "scikit-learn", "plotly"):
+        try:
+            facts[package] = version(package)
+        except PackageNotFoundError:
+            facts[package] = None
+    found = gammabeta.backends(torch.zeros(2, 1))
+    facts["backends"] = ", ".join(
+        f"{name} ({backend.why_not})" if backend.why_not else name
+        for name, backend in found.items()
+    )
+    return facts
+
+
+# --- runs -----------------------------------------------------------------------------------
+
+
+def estimate(found: Estimate) -> None:
+    """What a run would do and about how long it takes."""
+    console = _console()
+    right = {"justify": "right", "no_wrap": True}
+    names = ("wave", "cells", "CPU seconds", "time")
+    table = _table(("experiment", {}), *((name, right) for name in names))
+    for wave in found.waves:
+        cpu = wave.seconds * found.jobs
+        shown = f"{cpu:.0f}" if cpu >= 10 else f"{cpu:.1f}"
+        spent = duration(max(wave.seconds, 1))
+        table.add_row(wave.experiment, f"{wave.wave}", f"{wave.cells}", shown, spent)
+    if found.waves:
+        console.print(table)
+        console.print()
+    have = f" {found.present} are there already." if found.present else ""
+    cost = f"about {duration(max(found.seconds, 1))}" if found.cells else "no time"
+    console.print(
+        f"{found.cells} cells to run on {found.data}: {cost} on {found.jobs} processes.{have} "
+        "Nothing was written."
+    )
+
+
+class Progress:
+    """Follows a run on stderr: a bar on a terminal, else a plain line now and then."""
+
+    SECONDS = 10.0  # between two plain lines
+    FAILURES = 3  # told as they come; the others are counted, and listed at the end
+
+    def __init__(self) -> None:
+        self._console = _console(stderr=True)
+        self._bar: Any = None
+        self._task: Any = None
+        self._told = -math.inf
+        self._failures = 0
+
+    def __enter__(self) -> Progress:
+        if self._console.is_terminal and not self._console.is_dumb_terminal:
+            from rich.progress import BarColumn, MofNCompleteColumn, TextColumn
+            from rich.progress import Progress as Bar
+
+            self._bar = Bar(
+                BarColumn(),
+                MofNCompleteColumn(),
+                TextColumn("cells{task.fields[rest]}"),
+                console=self._console,
+                transient=True,
+            )
+            self._bar.start()
+            self._task = self._bar.add_task("", total=None, rest="")
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._bar is not None:
+            with contextlib.suppress(OSError):
+                self._bar.stop()
+
+    def __call__(self, event: Event) -> None:
+        # A run does not stop because nobody reads how it goes on (`2>&1 | head`).
+        with contextlib.suppress(OSError):
+            self._show(event)
+
+    def _show(self, event: Event) -> None:
+        self._failures += event.kind == "failed"
+        if event.kind == "note" or (event.kind == "failed" and self._failures <= self.FAILURES):
+            self._console.print(event.text)
+        rest = f", {event.failed} failed" if event.failed else ""
+        if event.eta_seconds is not None and event.done + event.failed < event.total:
+            rest += f", about {duration(event.eta_seconds)} left"
+        ended = event.done + event.failed
+        if self._bar is not None:
+            self._bar.update(self._task, completed=ended, total=event.total, rest=rest)
+        elif time.monotonic() - self._told >= self.SECONDS:
+            self._told = time.monotonic()
+            self._console.print(f"{ended} of {event.total} cells{rest}", soft_wrap=True)
+
+
+def ended(result: Result) -> None:
+    """How a run ended: what was done, what failed and how to repeat it, what was left out."""
+    console = _console(stderr=True)
+    parts = [f"{result.done} cells done in {duration(result.seconds)}"]
+    if not result.done and not result.failed:
+        parts = ["Nothing was run"]
+    if result.failed:
+        parts.append(f"{len(result.failed)} failed")
+    if result.skipped:
+        parts.append(f"{result.skipped} were there already")
+    if result.stale:
+        parts.append(f"{result.stale} made by other code are not used")
+    console.print(f"{', '.join(parts)}.")
+    if result.out_of_time:
+        console.print("The time was up before all cells were run. The same command goes on.")
+    shown = result.failed[:5]
+    for failure in shown:
+        console.print(
+            Padding(f"{failure.experiment} {failure.name}: {failure.reason}", (0, 0, 0, 2))
+        )
+        console.print(f"    {failure.command}", soft_wrap=True)  # one line, to be copied
+    if len(result.failed) > len(shown):
+        more = len(result.failed) - len(shown)
+        console.print(f"  and {more} more; their folders lie below failed/.")
