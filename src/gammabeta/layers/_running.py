@@ -214,9 +214,10 @@ class RunningMoments(_NormBase):
         if not self._warned:
             self._warned = True
             warnings.warn(
-                f"{self._name()}: a batch whose mean or variance is NaN or infinite was not "
-                "entered into the running statistics. Look for NaN in its input; "
-                f"gammabeta.skipped(model) counts such batches.{self._details()}",
+                f"{self._name()}: a batch was not entered into the running statistics, since its "
+                "mean or variance is NaN or infinite, or it has fewer than two valid values per "
+                "channel. Look at its input and mask; gammabeta.skipped(model) counts such "
+                f"batches.{self._details()}",
                 StatisticsWarning,
                 stacklevel=2,
             )

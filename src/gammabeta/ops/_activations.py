@@ -82,7 +82,7 @@ def derivative(act: Parsed, z: Tensor) -> Tensor | None:
         case ("relu", _):
             return (z > 0).to(z.dtype)
         case ("leaky_relu", float(slope)):
-            return torch.where(z > 0, 1.0, slope).to(z.dtype)
+            return torch.where(z > 0, torch.ones_like(z), slope)
         case ("sigmoid", _):
             s = torch.sigmoid(z)
             return s * (1 - s)

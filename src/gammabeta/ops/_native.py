@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from gammabeta.moments import Moments, over, reduced
-from gammabeta.ops import _activations
+from gammabeta.moments import Moments, over, reduced, statistics
+from gammabeta.ops import _activations, _reference
 from gammabeta.ops._activations import Parsed
 
 # Promises of docs/numerics.md that this backend does not keep.
@@ -54,17 +55,21 @@ def forward(
     act: Parsed,
     residual: Tensor | None,
 ) -> tuple[Tensor, Moments]:
-    """Everything in one call, differentiated by PyTorch's own backward.
+    """Everything in one call.
 
     The op reports a batch's statistics only by an update of running buffers: two fresh ones
-    with momentum 1 receive exactly the batch's mean and unbiased variance.
+    with momentum 1.
     """
-    wide = torch.float32 if x.dtype in _LOW else x.dtype
     if stats is None:
+        # the two rows receive exactly the batch's mean and unbiased variance
+        wide = torch.float32 if x.dtype in _LOW else x.dtype
         both = torch.zeros(2, x.shape[1], dtype=wide, device=x.device)
-        mean, var = both.unbind()
-        cudnn = torch.backends.cudnn.enabled
-        z = torch.batch_norm(x, weight, bias, mean, var, True, 1.0, eps, cudnn)
+        if torch.compiler.is_compiling():
+            mean, var = both.unbind()
+            cudnn = torch.backends.cudnn.enabled
+            z = torch.batch_norm(x, weight, bias, mean, var, True, 1.0, eps, cudnn)
+        else:
+            z = _fused(x, weight, bias, both, eps)
         count = x.numel() // x.shape[1]
         n = torch.full((), count, dtype=torch.float64, device=x.device)
         mean, var = both.to(torch.float64).unbind()
@@ -74,6 +79,49 @@ def forward(
     if residual is not None:
         z = z + residual
     return _activations.apply(act, z), stats
+
+
+class _Fused(torch.autograd.Function):
+    """PyTorch's forward and backward in training mode, whichever kernel it picks.
+
+    Its second derivative holds the batch's statistics constant where it is differentiated again,
+    so that third derivatives come out wrong in silence: where the backward itself is to be
+    differentiated, the equations of the reference run instead.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, weight: Tensor | None, bias: Tensor | None, both: Tensor, eps: float
+    ) -> Tensor:
+        mean, var = both.unbind()
+        cudnn = torch.backends.cudnn.enabled
+        y: Tensor
+        y, *saved, reserve, kernel = _forward(x, weight, bias, mean, var, True, 1.0, eps, cudnn)
+        ctx.save_for_backward(x, weight, bias, *saved, reserve)
+        ctx.eps, ctx.kernel = eps, kernel
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Any:
+        x, weight, bias, *saved, reserve = ctx.saved_tensors
+        if torch.is_grad_enabled():
+            call = (weight, bias, ctx.eps, None, None, None)
+            stats = statistics(x, None)
+            sums = _reference.reduce_grads(grads[0], x, stats, *call)
+            dx, _ = _reference.grad_input(grads[0], x, stats, sums, stats.n, *call)
+            dweight = None if weight is None else sums[1].to(weight.dtype)
+            return dx, dweight, None if bias is None else sums[0].to(bias.dtype), None, None
+        needed = list(ctx.needs_input_grad[:3])
+        rest = (None, None, *saved, True, ctx.eps, needed, reserve)
+        dx, dweight, dbias = _backward(ctx.kernel, x, grads[0], weight, *rest)
+        # without γ the kernel still gives its gradient
+        return dx, None if weight is None else dweight, None if bias is None else dbias, None, None
+
+
+# torch leaves these without types
+_fused: Callable[..., Tensor] = _Fused.apply
+_forward: Callable[..., Any] = torch.ops.aten._batch_norm_impl_index.default
+_backward: Callable[..., Any] = torch.ops.aten._batch_norm_impl_index_backward.default
 
 
 def moments(x: Tensor, valid: Tensor | None) -> Moments:
