@@ -27,7 +27,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from gammabeta.studies import _data
+from gammabeta.studies import _data, _download
 
 real_mnist = pytest.mark.skipif(
     not os.environ.get("GAMMABETA_DATA"),
@@ -70,7 +70,7 @@ def _elsewhere(request, monkeypatch, tmp_path):
     monkeypatch.setenv("NO_PROXY", "127.0.0.1")
     if not any(mark.kwargs.get("reason") for mark in request.node.iter_markers("skipif")):
         monkeypatch.delenv("GAMMABETA_DATA", raising=False)
-        monkeypatch.setattr(_data, "MIRRORS", ())  # a test that downloads sets its own
+        monkeypatch.setattr(_download, "MIRRORS", ())  # a test that downloads sets its own
 
 
 def lay(parent, contents=None, packed=True):
@@ -457,19 +457,19 @@ PATIENCE = {"silent": 3, "dripping": 3}  # seconds; a mirror may be silent for a
 
 def test_fetch_fills_the_cache_and_load_then_needs_no_network(small, tmp_path, serve, monkeypatch):
     mirror, asked = serve(good)
-    monkeypatch.setattr(_data, "MIRRORS", (mirror,))
+    monkeypatch.setattr(_download, "MIRRORS", (mirror,))
     assert _data.fetch() == cache(tmp_path) == _data.locate()
     assert asked == list(PACKED)
     assert sorted(p.name for p in cache(tmp_path).iterdir()) == sorted(PACKED)
     assert _data.fetch() == cache(tmp_path)  # nothing left to do
     assert asked == list(PACKED)
-    monkeypatch.setattr(_data, "MIRRORS", ())
+    monkeypatch.setattr(_download, "MIRRORS", ())
     assert _data.load("mnist").train_y.tolist() == list(SMALL[1][8:])
 
 
 def test_load_downloads_by_itself(small, serve, monkeypatch):
     mirror, asked = serve(good)
-    monkeypatch.setattr(_data, "MIRRORS", (mirror,))
+    monkeypatch.setattr(_download, "MIRRORS", (mirror,))
     images = _data.load("auto")
     assert (images.name, images.notice) == ("mnist", "")
     assert len(asked) == 4
@@ -477,7 +477,7 @@ def test_load_downloads_by_itself(small, serve, monkeypatch):
 
 def test_fetch_into_a_folder_of_the_users_keeps_what_is_there(small, tmp_path, serve, monkeypatch):
     mirror, asked = serve(good)
-    monkeypatch.setattr(_data, "MIRRORS", (mirror,))
+    monkeypatch.setattr(_download, "MIRRORS", (mirror,))
     parent = lay(tmp_path / "new", packed=False)
     path = parent / "mnist" / STEM[2]
     path.unlink()
@@ -501,7 +501,7 @@ def test_fetch_mends_the_cache(small, tmp_path, serve, monkeypatch):
     with pytest.raises(ValueError, match=STEM[0]):
         _data.load("auto")
     mirror, asked = serve(good)
-    monkeypatch.setattr(_data, "MIRRORS", (mirror,))
+    monkeypatch.setattr(_download, "MIRRORS", (mirror,))
     _data.fetch()
     assert asked == [f"{STEM[0]}.gz"]
     assert not left.exists()
@@ -512,7 +512,7 @@ def test_fetch_mends_the_cache(small, tmp_path, serve, monkeypatch):
 def test_a_bad_mirror_gives_way_to_the_next(small, tmp_path, serve, monkeypatch, fault):
     bad, asked_bad = serve(BAD[fault][0])
     mirror, asked = serve(good)
-    monkeypatch.setattr(_data, "MIRRORS", (bad, mirror))
+    monkeypatch.setattr(_download, "MIRRORS", (bad, mirror))
     folder = _data.fetch(timeout=PATIENCE.get(fault))
     assert [len(asked_bad), len(asked)] == [1, 4]  # it is not asked again
     assert sorted(p.name for p in folder.iterdir()) == sorted(PACKED)
@@ -522,7 +522,7 @@ def test_a_bad_mirror_gives_way_to_the_next(small, tmp_path, serve, monkeypatch,
 @pytest.mark.parametrize("fault", BAD)
 def test_a_failed_download_leaves_nothing(small, tmp_path, serve, monkeypatch, fault):
     bad, _ = serve(BAD[fault][0])
-    monkeypatch.setattr(_data, "MIRRORS", (bad,))
+    monkeypatch.setattr(_download, "MIRRORS", (bad,))
     with pytest.raises(ConnectionError, match=BAD[fault][1]) as caught:
         _data.fetch(timeout=PATIENCE.get(fault))
     assert "Try again" in str(caught.value)
@@ -533,13 +533,13 @@ def test_a_failed_download_leaves_nothing(small, tmp_path, serve, monkeypatch, f
 def test_files_that_came_are_kept(small, tmp_path, serve, monkeypatch):
     first = f"{STEM[0]}.gz"
     half, _ = serve(lambda h, name: good(h, name) if name == first else h.reply(b"", status=500))
-    monkeypatch.setattr(_data, "MIRRORS", (half,))
+    monkeypatch.setattr(_download, "MIRRORS", (half,))
     with pytest.raises(ConnectionError, match="HTTP status 500"):
         _data.fetch()
     assert [path.name for path in cache(tmp_path).iterdir()] == [first]
     assert _data.locate() is None
     mirror, asked = serve(good)
-    monkeypatch.setattr(_data, "MIRRORS", (mirror,))
+    monkeypatch.setattr(_download, "MIRRORS", (mirror,))
     _data.fetch()
     assert asked == list(PACKED)[1:]
 
@@ -561,7 +561,7 @@ def test_the_time_limit_is_one_for_all_mirrors_and_files(tmp_path, serve, monkey
             handler.wfile.write(packed[i : i + (1 << 14)])
 
     monkeypatch.setattr(_data, "FILES", files)
-    monkeypatch.setattr(_data, "MIRRORS", (serve(slow)[0], serve(slow)[0]))
+    monkeypatch.setattr(_download, "MIRRORS", (serve(slow)[0], serve(slow)[0]))
     start = time.monotonic()
     with pytest.raises(ConnectionError, match=r"gave up after 3 s in all.*no time left"):
         _data.fetch(timeout=3)
@@ -570,13 +570,13 @@ def test_the_time_limit_is_one_for_all_mirrors_and_files(tmp_path, serve, monkey
 
 
 def test_the_default_limit_is_twenty_seconds():
-    assert _data.TIMEOUT == 20
+    assert _download.TIMEOUT == 20
 
 
 def test_without_network_auto_says_that_it_took_the_digits(small, serve, monkeypatch):
     silent, asked = serve(hang)
-    monkeypatch.setattr(_data, "MIRRORS", (refused(), silent))
-    monkeypatch.setattr(_data, "TIMEOUT", 3)
+    monkeypatch.setattr(_download, "MIRRORS", (refused(), silent))
+    monkeypatch.setattr(_download, "TIMEOUT", 3)
     images = _data.load("auto")
     assert images.name == "digits"
     assert "could not be downloaded" in images.notice
@@ -591,7 +591,7 @@ def test_without_network_auto_says_that_it_took_the_digits(small, serve, monkeyp
 
 def child(code, tmp_path, **options):
     """Start a Python process with this test's cache and the code after the import."""
-    code = f"from gammabeta.studies import _data\n{code}"
+    code = f"from gammabeta.studies import _data, _download\n{code}"
     environment = {**os.environ, "XDG_CACHE_HOME": str(tmp_path / "xdg")}
     return subprocess.Popen(
         [sys.executable, "-c", code],
@@ -607,7 +607,7 @@ def test_a_full_disk_is_named_and_leaves_nothing(tmp_path, serve):
     mirror, asked = serve(lambda h, name: h.reply(bytes(1 << 18)))
     code = f"""
 import resource
-_data.MIRRORS = ({mirror!r}, {mirror!r})
+_download.MIRRORS = ({mirror!r}, {mirror!r})
 resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 16, 1 << 16))
 try:
     _data.fetch()
@@ -624,7 +624,7 @@ print(_data.load("auto").notice)
 
 
 def test_a_folder_that_cannot_be_made_is_named(small, tmp_path, serve, monkeypatch):
-    monkeypatch.setattr(_data, "MIRRORS", (serve(good)[0],))
+    monkeypatch.setattr(_download, "MIRRORS", (serve(good)[0],))
     (tmp_path / "xdg").write_text("a file where the cache should be")
     with pytest.raises(OSError, match=f"{cache(tmp_path)}: cannot be written"):
         _data.fetch()
@@ -635,7 +635,7 @@ def test_a_folder_that_cannot_be_made_is_named(small, tmp_path, serve, monkeypat
 
 def test_an_interrupted_download_leaves_nothing(tmp_path, serve):
     mirror, asked = serve(drip)
-    process = child(f"_data.MIRRORS = ({mirror!r},)\n_data.fetch()", tmp_path)
+    process = child(f"_download.MIRRORS = ({mirror!r},)\n_data.fetch()", tmp_path)
     while not asked or not list(cache(tmp_path).iterdir()):
         assert process.poll() is None
         time.sleep(0.01)

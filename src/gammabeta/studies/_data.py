@@ -9,32 +9,25 @@ same contents differently, and a user may have unpacked them.
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import gzip
 import hashlib
-import importlib
 import math
 import os
-import secrets
 import stat
-import threading
-import time
 import zlib
+from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
-from urllib.parse import urlsplit
+from typing import TYPE_CHECKING, NamedTuple
+
+from gammabeta.studies import _download
+from gammabeta.studies._download import need
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 NAMES = ("auto", "mnist", "digits")
 VARIABLE = "GAMMABETA_DATA"
-MIRRORS = (
-    "https://ossci-datasets.s3.amazonaws.com/mnist/",
-    "https://storage.googleapis.com/cvdf-datasets/mnist/",
-)
-TIMEOUT = 20.0  # seconds for one whole download: all files, all mirrors
 
 HOW_TO_GET_MNIST = (
     f"To get MNIST: run `gammabeta data fetch`, or set {VARIABLE} to a folder that holds mnist/ "
@@ -145,7 +138,7 @@ def load(name: str = "auto", data_dir: str | Path | None = None) -> Images:
     if folder is not None:
         return _mnist(folder.resolve())
     folder = _cache()
-    failure = _download_once(folder)
+    failure = _fill_once(folder)
     if failure is None:
         return _mnist(folder.resolve())
     if name == "mnist":
@@ -223,7 +216,7 @@ def fetch(data_dir: str | Path | None = None, timeout: float | None = None) -> P
     given, _ = _given(data_dir)
     folder = _cache() if given is None else given / "mnist"
     try:
-        _download(folder, TIMEOUT if timeout is None else timeout, replace=given is None)
+        _fill(folder, _download.TIMEOUT if timeout is None else timeout, replace=given is None)
     except ConnectionError as error:
         raise ConnectionError(
             f"{error} Try again (files that came are kept), or copy the four files "
@@ -244,20 +237,7 @@ def _given(data_dir: str | Path | None) -> tuple[Path | None, str]:
 
 
 def _cache() -> Path:
-    return Path(_need("pooch").os_cache("gammabeta")) / "mnist"
-
-
-def _need(module: str) -> Any:
-    """Import a module of the extra ``study``, or say in one line how to get it."""
-    try:
-        return importlib.import_module(module)
-    except ModuleNotFoundError as error:
-        package = (error.name or module).partition(".")[0].replace("sklearn", "scikit-learn")
-        raise ModuleNotFoundError(
-            f"The studies need the package {package}, which is not installed. "
-            'Run: pip install "gammabeta[study]"',
-            name=error.name,
-        ) from error
+    return Path(need("pooch").os_cache("gammabeta")) / "mnist"
 
 
 def _find(folder: Path, file: File) -> Path | None:
@@ -285,7 +265,7 @@ def _mnist(folder: Path) -> Images:
 def _digits() -> Images:
     import torch
 
-    bunch = _need("sklearn.datasets").load_digits()
+    bunch = need("sklearn.datasets").load_digits()
     x = torch.from_numpy(bunch.images).to(torch.uint8)
     y = torch.from_numpy(bunch.target).to(torch.int64)
     digest = hashlib.sha256(x.numpy().tobytes() + y.to(torch.uint8).numpy().tobytes()).hexdigest()
@@ -390,23 +370,25 @@ def parse_idx(data: bytearray, axes: int, source: str) -> Tensor:
     return torch.frombuffer(data, dtype=torch.uint8, offset=start).view(sizes)
 
 
-# -- downloading ------------------------------------------------------------------------------
+# -- filling a folder -------------------------------------------------------------------------
 
 
 @functools.cache
-def _download_once(folder: Path) -> OSError | None:
+def _fill_once(folder: Path) -> OSError | None:
     """Try to fill the cache, once in a process: 20 s are asked of nobody twice."""
     try:
-        _download(folder, TIMEOUT, replace=True)
+        _fill(folder, _download.TIMEOUT, replace=True)
     except OSError as error:
         return error
     return None
 
 
-def _download(folder: Path, timeout: float, replace: bool) -> None:
-    deadline = time.monotonic() + timeout
-    mirrors = list(MIRRORS)
-    _sweep(folder)
+def _fill(folder: Path, timeout: float, replace: bool) -> None:
+    _download.download(folder, _wanted(folder, replace), timeout)
+
+
+def _wanted(folder: Path, replace: bool) -> Iterator[_download.Wanted]:
+    """The files that the folder lacks, and with `replace` those that are bad there."""
     for file in FILES:
         if _find(folder, file) is not None:
             try:
@@ -415,145 +397,15 @@ def _download(folder: Path, timeout: float, replace: bool) -> None:
             except ValueError:
                 if not replace:
                     raise
-        reasons = []
-        for mirror in tuple(mirrors):
-            try:
-                _pull(f"{mirror}{file.name}.gz", folder, file, timeout, deadline)
-            except ConnectionError as error:
-                reasons.append(f"{urlsplit(mirror).netloc}: {error}")
-                mirrors.append(mirrors.pop(0))  # the next file begins with one that answered
-            else:
-                break
-        else:
-            raise ConnectionError(f"MNIST could not be downloaded ({'; '.join(reasons)}).")
+        most = file.size + (1 << 16)  # what does not shrink grows a little when it is packed
+        check = functools.partial(_check_arrived, file=file)
+        yield _download.Wanted(f"{file.name}.gz", most, check)
 
 
-def _sweep(folder: Path) -> None:
-    """Remove what downloads that were killed have left; an hour old, none is under way."""
-    for part in folder.glob(".tmp-*"):
-        with contextlib.suppress(OSError):  # another process may be faster
-            if part.stat().st_mtime < time.time() - 3600:
-                part.unlink()
-
-
-def _pull(url: str, folder: Path, file: File, timeout: float, deadline: float) -> None:
-    """Download one file into the folder: complete and checked, or not at all.
-
-    The transfer runs in a thread of its own, because neither a name that does not resolve nor
-    a server that sends one byte a second can be interrupted from within.
-    """
-    left = deadline - time.monotonic()
-    if left <= 0:
-        raise ConnectionError("no time left")
-    stall = min(6.0, timeout / 3)  # leaves a second mirror its chance
-    part = folder / f".tmp-{file.name}-{os.getpid()}-{secrets.token_hex(4)}"
+def _check_arrived(path: Path, file: File) -> None:
+    """Raise ConnectionError if a mirror sent other contents: its fault, and not the user's."""
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        transfer = _Transfer(url, part, file.size + (1 << 16), stall)
-        try:
-            transfer.wait(timeout, deadline)
-            try:
-                _checked(part, file)
-            except ValueError as error:
-                reason = str(error).replace(str(part), "wrong contents").replace(_REPLACE, "")
-                raise ConnectionError(reason.rstrip(" .")) from error
-            os.replace(part, folder / f"{file.name}.gz")
-        finally:
-            transfer.close()
-            part.unlink(missing_ok=True)
-    except ConnectionError:
-        raise
-    except OSError as error:
-        raise OSError(
-            f"{folder}: cannot be written ({error.strerror or error}). "
-            "Make room there or check its rights, or give another data folder."
-        ) from error
-
-
-class _Transfer:
-    """One download into one new file, in a thread; also the file object that pooch writes to."""
-
-    def __init__(self, url: str, part: Path, most: int, stall: float) -> None:
-        downloader = _need("pooch").HTTPDownloader(
-            chunk_size=1 << 14,
-            timeout=stall,
-            headers={"Accept-Encoding": "identity"},  # the file as it lies there
-            hooks={"response": self._keep},
-        )
-        self._url, self._most, self._stall = url, most, stall
-        self._count = 0
-        self._disk: OSError | None = None
-        self._error: Exception | None = None
-        self._response: Any = None
-        self._file = open(part, "xb")  # noqa: SIM115 (closed in `close`)
-        self._thread = threading.Thread(target=self._run, args=(downloader,), daemon=True)
-        self._thread.start()
-
-    def _run(self, downloader: Any) -> None:
-        try:
-            downloader(self._url, output_file=self, pooch=None)
-        except Exception as error:  # handed to `wait`, in the caller's thread
-            self._error = error
-        finally:
-            if self._response is not None:  # pooch leaves it open after a failure
-                self._response.close()
-
-    def _keep(self, response: Any, *_: object, **__: object) -> None:
-        self._response = response
-
-    def write(self, block: bytes) -> None:
-        """Take one block; what goes wrong here is the disk's fault, not the network's."""
-        self._count += len(block)
-        if self._count > self._most:
-            raise ValueError(f"more than {self._most} bytes")
-        try:
-            self._file.write(block)
-            self._file.flush()
-        except OSError as error:
-            self._disk = error
-            raise
-
-    def flush(self) -> None:
-        """Do nothing: `write` has flushed."""
-
-    def wait(self, timeout: float, deadline: float) -> None:
-        """Return when all is on the disk; raise if it failed, stalls or lasts too long."""
-        count, since = 0, time.monotonic()
-        while self._thread.is_alive():
-            self._thread.join(0.02)
-            now = time.monotonic()
-            if self._count > count:
-                count, since = self._count, now
-            if now >= deadline:
-                raise ConnectionError(f"gave up after {timeout:g} s in all")
-            if now - since >= self._stall:
-                raise ConnectionError(f"nothing came for {self._stall:g} s")
-        if self._disk is not None:
-            raise self._disk
-        if self._error is not None:
-            raise ConnectionError(self._reason(self._error)) from self._error
-        os.fsync(self._file.fileno())
-        self._file.close()
-
-    def _reason(self, error: Exception) -> str:
-        """Return a few words: the messages of requests are paragraphs."""
-        faults = _need("requests").exceptions
-        if isinstance(error, faults.Timeout):
-            return f"nothing came for {self._stall:g} s"
-        if isinstance(error, faults.HTTPError):
-            return f"HTTP status {error.response.status_code}"
-        if isinstance(error, faults.ConnectionError):
-            return "no connection"
-        if isinstance(error, faults.RequestException):
-            return f"the transfer broke off ({type(error).__name__})"
-        return str(error) or type(error).__name__
-
-    def close(self) -> None:
-        """Close the file and end the transfer, if it still runs."""
-        with contextlib.suppress(OSError):  # a full disk complains a second time
-            self._file.close()
-        if self._thread.is_alive() and self._response is not None:
-            # Wakes a read that waits. Older urllib3 lacks it: then the next block fails.
-            with contextlib.suppress(AttributeError, OSError, RuntimeError, ValueError):
-                self._response.raw.shutdown()
-        self._thread.join(0.1)
+        _checked(path, file)
+    except ValueError as error:
+        reason = str(error).replace(str(path), "wrong contents").replace(_REPLACE, "")
+        raise ConnectionError(reason.rstrip(" .")) from error
