@@ -2,6 +2,7 @@
 
 import importlib
 import json
+import os
 import platform
 import shlex
 import subprocess
@@ -43,6 +44,8 @@ def provenance(name: str) -> dict[str, Any]:
         "command": shlex.join(["python", "-m", "benchmarks", name]),
         "device": device(),
         "threads": torch.get_num_threads(),
+        # Other work on the machine slows a core down even by its own clock.
+        "load_average": round(os.getloadavg()[0], 1) if hasattr(os, "getloadavg") else None,
         "versions": {
             "gammabeta": gammabeta.__version__,
             "torch": torch.__version__,
