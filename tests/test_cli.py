@@ -298,6 +298,32 @@ def test_an_interrupt_by_signal_is_the_same_off_a_terminal(tmp_path):
     assert b"Traceback" not in stderr
 
 
+@pytest.mark.parametrize("words", [("list", "--json"), ("run",)])
+def test_an_interrupt_within_an_import_gives_the_same_exit_code(tmp_path, words):
+    # with -m: only there CPython ends by the signal after an interrupt within some exec()
+    (tmp_path / "broken.py").write_text(
+        "import os, signal\n"
+        "import gammabeta.studies._claims as claims\n"
+        "import gammabeta.studies._experiments as experiments\n"
+        "class Swallows:\n"
+        "    @property\n"
+        "    def CLAIMS(self):\n"
+        "        try:\n"
+        "            os.kill(os.getpid(), signal.SIGINT)\n"
+        "        except KeyboardInterrupt:\n"
+        "            raise ImportError('half made')\n"
+        "        return ()\n"
+        "experiments.experiments = lambda: {'toy': Swallows()}\n"
+        "claims.listing = lambda: exec('raise KeyboardInterrupt')\n"
+        "from gammabeta.cli import main\n"
+        "main()\n"
+    )
+    command = [sys.executable, "-m", "broken", "study"]
+    done = gammabeta(*words, command=command, cwd=tmp_path)
+    assert (done.returncode, done.stdout) == (130, "")
+    assert done.stderr.startswith("Interrupted.")
+
+
 # --- showing and judging --------------------------------------------------------------------
 
 

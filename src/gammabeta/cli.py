@@ -11,6 +11,7 @@ import math
 import os
 import shlex
 import shutil
+import signal
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -93,6 +94,9 @@ def main(arguments: list[str] | None = None) -> None:
         code = _complain(str(error), USAGE)
     except KeyboardInterrupt:
         code = _complain(_interrupted(given), INTERRUPTED)
+        # An interrupt that came within some exec() (imports do it) makes CPython end by the signal
+        # even now that it is handled; the next exec() makes it forget.
+        exec("")
     except OSError as error:
         # Also the reader of our output has left (`| head`): nothing to say, nobody to say it to.
         gone = isinstance(error, BrokenPipeError)
@@ -160,6 +164,19 @@ def _usable() -> Iterator[None]:
         ) from error
     except (ValueError, OSError) as error:
         raise Unusable(str(error)) from error
+
+
+@contextmanager
+def _uninterrupted() -> Iterator[None]:
+    """Hold Ctrl-C back during imports: some packages swallow it, and are left half made."""
+    if not hasattr(signal, "pthread_sigmask"):
+        yield
+        return
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def _dump(value: Any) -> int:
@@ -244,11 +261,12 @@ def run(
             raise Unusable("--cell repeats one cell and takes neither claims nor --dry-run.")
         return _repeat(cell, out, data_dir)
     with _usable():
-        from gammabeta import _terminal
-        from gammabeta.studies import _claims, _data, _experiments, _judge, _run
-
         wanted = ids or ["headline"]
-        known = {key: e.CLAIMS for key, e in _experiments.experiments().items()}
+        with _uninterrupted():
+            from gammabeta import _terminal
+            from gammabeta.studies import _claims, _data, _experiments, _judge, _run
+
+            known = {key: e.CLAIMS for key, e in _experiments.experiments().items()}
         chosen = _claims.resolve(wanted, known)
         settings: dict[str, Any] = {
             "out": out,
