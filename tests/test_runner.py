@@ -19,6 +19,7 @@ import torch
 
 from gammabeta import _runs
 from gammabeta._runs import RunError
+from gammabeta._runs._atomic import HOST
 from gammabeta.studies import _experiments, _judge, _run
 from gammabeta.studies._run import Experiment
 from gammabeta.studies._verdict import Verdict
@@ -443,7 +444,7 @@ def test_the_registry_lies_in_the_run_folder(whole):
 def test_dead_folders_are_removed_at_the_start(whole):
     with subprocess.Popen([sys.executable, "-c", ""]) as gone:
         gone.wait()
-    temp = whole / "cells" / "toy" / f".tmp-{'0' * 16}-{_runs._HOST}-{gone.pid}-ab"
+    temp = whole / "cells" / "toy" / f".tmp-{'0' * 16}-{HOST}-{gone.pid}-ab"
     temp.mkdir()
     run_toy(whole, jobs=1)
     assert not temp.exists()

@@ -1,0 +1,74 @@
+"""Run folders: their names, their schema, writing them whole and reading them with suspicion.
+
+    RUN/claims.json                             the registry as it was when the run was made
+    RUN/cells/<experiment>/<name>/spec.json     a finished cell: what was run,
+                                  rows.jsonl    what was measured, one JSON object per line,
+                                  run.log       and what it said meanwhile
+    RUN/failed/<experiment>/<name>/             a cell that raised: spec.json, error.txt
+    RUN/verdicts.json, RUN/figures.json         derived from the rows; may be made again
+
+A cell's name is a hash of its specification and its folder arrives by one rename, so presence
+means done, nothing is ever seen half-written, two writers need no lock (also on a network file
+system), and run folders from several machines are merged by copying. What is read here may come
+from a stranger: links are not followed, sizes are bounded, every field is checked.
+"""
+
+from gammabeta._runs._atomic import (
+    remove_dead,
+    write_json,
+)
+from gammabeta._runs._cells import (
+    StoredCell,
+    cell_name,
+    check_spec,
+    forget_failure,
+    has_cell,
+    read_cells,
+    read_failed,
+    rows_text,
+    write_cell,
+    write_failed,
+)
+from gammabeta._runs._check import (
+    SCHEMA,
+    Row,
+    RunError,
+    Scalar,
+    check_run,
+    read_json,
+)
+from gammabeta._runs._derived import (
+    STATUSES,
+    check_figures,
+    check_verdicts,
+    read_claims,
+    read_figures,
+    read_verdicts,
+)
+
+__all__ = [
+    "SCHEMA",
+    "STATUSES",
+    "Row",
+    "RunError",
+    "Scalar",
+    "StoredCell",
+    "cell_name",
+    "check_figures",
+    "check_run",
+    "check_spec",
+    "check_verdicts",
+    "forget_failure",
+    "has_cell",
+    "read_cells",
+    "read_claims",
+    "read_failed",
+    "read_figures",
+    "read_json",
+    "read_verdicts",
+    "remove_dead",
+    "rows_text",
+    "write_cell",
+    "write_failed",
+    "write_json",
+]
