@@ -25,9 +25,13 @@ _NAMES = {
     "accumulate": "models.updates",
     "backends": "ops",
     "batch_norm": "ops",
+    "calibrate": "models.calibration",
+    "convert": "models.conversion",
     "freeze": "models.freezing",
     "functional_call": "models.updates",
     "no_update": "models.updates",
+    "report_of": "models.conversion",
+    "revert": "models.conversion",
     "skipped": "models.updates",
     "sync_statistics": "models.synchronization",
     "unfreeze": "models.freezing",
@@ -47,6 +51,10 @@ if TYPE_CHECKING:
     from gammabeta.layers.batch_norm import LazyBatchNorm1d as LazyBatchNorm1d
     from gammabeta.layers.batch_norm import LazyBatchNorm2d as LazyBatchNorm2d
     from gammabeta.layers.batch_norm import LazyBatchNorm3d as LazyBatchNorm3d
+    from gammabeta.models.calibration import calibrate as calibrate
+    from gammabeta.models.conversion import convert as convert
+    from gammabeta.models.conversion import report_of as report_of
+    from gammabeta.models.conversion import revert as revert
     from gammabeta.models.freezing import freeze as freeze
     from gammabeta.models.freezing import unfreeze as unfreeze
     from gammabeta.models.synchronization import sync_statistics as sync_statistics

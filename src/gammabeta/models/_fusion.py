@@ -1,0 +1,229 @@
+"""Which activation follows a normalization, so that one layer can compute both.
+
+Moving an activation changes the function of a model unless exactly one call takes the layer's
+output. ``torch.fx`` shows that where it can trace the model; else neighbors within a
+``torch.nn.Sequential`` are taken to be called through it.
+"""
+
+from __future__ import annotations
+
+import copy
+import inspect
+import itertools
+import math
+import warnings
+from collections.abc import Iterable, Mapping
+from typing import Any, NamedTuple
+
+import torch
+from torch import fx, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.parameter import UninitializedBuffer
+from torch.nn.utils import parametrize
+
+from gammabeta.ops import _activations
+from gammabeta.ops._activations import Act
+
+_SIMPLE: dict[type[nn.Module], str] = {
+    nn.ReLU: "relu",
+    nn.Sigmoid: "sigmoid",
+    nn.Tanh: "tanh",
+    nn.SiLU: "silu",
+}
+
+
+class Neighbor(NamedTuple):
+    """The one module that takes a layer's output, or the reason why there is none."""
+
+    name: str | None
+    reason: str = ""
+
+
+class Traces(NamedTuple):
+    """The graphs of a model's forward pass, one for each way it can run, or why there are none."""
+
+    graphs: list[fx.Graph]
+    reason: str
+
+
+def duplicate(model: nn.Module, *, share_parameters: bool = False) -> nn.Module:
+    """``copy.deepcopy(model)``, of lazy layers too, whose buffers PyTorch cannot copy."""
+    shared = model.parameters() if share_parameters else ()
+    memo: dict[int, Any] = {id(parameter): parameter for parameter in shared}
+    for buffer in model.buffers():
+        if isinstance(buffer, UninitializedBuffer):
+            make: Any = UninitializedBuffer  # torch does not type its arguments
+            memo[id(buffer)] = make(device=buffer.device, dtype=buffer.dtype)
+    return copy.deepcopy(model, memo)
+
+
+def act_of(module: nn.Module) -> Act:
+    """The fused activation that computes what ``module`` computes, or None."""
+    kind = type(module)
+    if kind in _SIMPLE:
+        return _SIMPLE[kind]
+    if isinstance(module, nn.LeakyReLU) and kind is nn.LeakyReLU:
+        slope = float(module.negative_slope)
+        if math.isfinite(slope):
+            return "leaky_relu" if slope == 0.01 else ("leaky_relu", slope)
+    if isinstance(module, nn.GELU) and kind is nn.GELU:
+        return "gelu" if module.approximate == "none" else ("gelu", module.approximate)
+    # the fused softplus has PyTorch's default parameters and no others
+    if isinstance(module, nn.Softplus) and kind is nn.Softplus:
+        return "softplus" if (module.beta, module.threshold) == (1, 20) else None
+    return None
+
+
+def module_of(act: Act) -> nn.Module:
+    """PyTorch's module for a fused activation; the inverse of :func:`act_of`."""
+    match _activations.parse(act):
+        case None:
+            return nn.Identity()
+        case ("leaky_relu", float(slope)):
+            return nn.LeakyReLU(slope)
+        case ("gelu", str(approximate)):
+            return nn.GELU(approximate)
+        case ("softplus", _):
+            return nn.Softplus()
+        case (name, _):
+            kinds = {known: kind for kind, known in _SIMPLE.items()}
+            return kinds[name]()
+
+
+def become(module: nn.Module, other: nn.Module) -> None:
+    """Let ``module`` compute what ``other`` does and stay the same object, wherever it is held.
+
+    What the two kinds do not share is taken from ``other``, but for ``inplace``, which a module
+    keeps while it is an Identity.
+    """
+    module.__class__ = type(other)
+    common = nn.Identity().__dict__
+    for key, value in other.__dict__.items():
+        if key == "inplace":
+            module.__dict__.setdefault(key, value)
+        elif key not in common:
+            module.__dict__[key] = value
+
+
+def why_not_plain(model: nn.Module, name: str) -> str:
+    """The reason why a module must keep its own call, or ''."""
+    module = model.get_submodule(name)
+    if has_hooks(module):
+        return f"{name!r} has a hook"
+    if "forward" in module.__dict__:
+        return f"{name!r} has a forward of its own"
+    if parametrize.is_parametrized(module):
+        return f"{name!r} is parametrized"
+    names = [n for n, m in model.named_modules(remove_duplicate=False) if m is module]
+    return f"{name!r} is shared with {names[1]!r}" if len(names) > 1 else ""
+
+
+def has_hooks(module: nn.Module) -> bool:
+    """Whether calling ``module`` does more than its forward."""
+    kinds = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+    return any(getattr(module, kind, None) for kind in kinds)
+
+
+# -- traces -----------------------------------------------------------------------------
+
+
+class _Tracer(fx.Tracer):
+    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
+        # what a hook does cannot be seen, and it must not be called with a proxy
+        whole = isinstance(m, _BatchNorm) or has_hooks(m) or "forward" in m.__dict__
+        return whole or super().is_leaf_module(m, module_qualified_name)
+
+
+def trace(model: nn.Module) -> Traces:
+    """Trace in training and in eval mode, with optional arguments given and not given."""
+    if "forward" in model.__dict__:
+        return Traces([], "the model has a forward of its own")
+    parameters = inspect.signature(type(model).forward).parameters.values()
+    defaults = {p.name: p.default for p in parameters if p.default is not inspect.Parameter.empty}
+    graphs: list[fx.Graph] = []
+    for training in (True, False):
+        failed = []
+        for given in ({}, defaults) if defaults else ({},):
+            try:
+                graphs.append(_trace(model, training, given))
+            except Exception as error:  # whatever the model's code raises about proxies
+                failed.append(error)
+        if len(failed) == (2 if defaults else 1):
+            first = (str(failed[0]).strip().splitlines() or [""])[0]
+            return Traces([], f"the model cannot be traced ({type(failed[0]).__name__}: {first})")
+    return Traces(graphs, "")
+
+
+def _trace(model: nn.Module, training: bool, given: Mapping[str, Any]) -> fx.Graph:
+    # Tracing runs the forward code: on a copy, lest it leave proxies in the model or count in a
+    # buffer. Parameters are replaced by proxies, so that they can be shared.
+    shell = duplicate(model, share_parameters=True)
+    for module in shell.modules():
+        module.training = training
+    with warnings.catch_warnings(), torch.random.fork_rng(devices=[]):
+        warnings.simplefilter("ignore")
+        return _Tracer().trace(shell, dict(given) or None)
+
+
+def same(before: Traces, after: Traces) -> bool:
+    """Whether the model runs through the same calls, as the kinds of its modules change.
+
+    Forward code may ask for the kind of a module; then it would run through others.
+    """
+    return [_calls(g) for g in before.graphs] == [_calls(g) for g in after.graphs]
+
+
+def _calls(graph: fx.Graph) -> list[tuple[Any, ...]]:
+    return [(n.name, n.op, n.target, str(n.args), str(n.kwargs)) for n in graph.nodes]
+
+
+# -- neighbors --------------------------------------------------------------------------
+
+
+def neighbors(model: nn.Module, names: Iterable[str], traces: Traces) -> dict[str, Neighbor]:
+    """For each layer of these names the module that alone takes its output."""
+    if traces.graphs:
+        return {name: _in_graphs(name, traces.graphs) for name in names}
+    follows = _in_sequentials(model)
+    unseen = Neighbor(None, f"{traces.reason}, and no module follows it within an nn.Sequential")
+    return {name: follows.get(name, unseen) for name in names}
+
+
+def _in_graphs(name: str, graphs: list[fx.Graph]) -> Neighbor:
+    found: set[str] = set()
+    for graph in graphs:
+        calls = [n for n in graph.nodes if n.op == "call_module" and n.target == name]
+        if not calls:
+            continue  # a branch that is taken only in the other mode
+        if len(calls) > 1:
+            return Neighbor(None, f"it is called {len(calls)} times in a forward pass")
+        (call,) = calls
+        if len(call.args) != 1 or call.kwargs:
+            return Neighbor(None, "it is called with more than its input")
+        if len(call.users) != 1:
+            return Neighbor(None, f"its output is used {len(call.users)} times")
+        (user,) = call.users
+        if user.op == "output":
+            return Neighbor(None, "its output is an output of the model")
+        if user.op != "call_module":
+            what = getattr(user.target, "__name__", user.target)
+            return Neighbor(None, f"its output goes to {what}(), which is no module")
+        if sum(n.op == "call_module" and n.target == user.target for n in graph.nodes) > 1:
+            return Neighbor(None, f"{user.target!r}, which follows it, is called several times")
+        if user.args != (call,) or user.kwargs:
+            return Neighbor(None, f"{user.target!r}, which follows it, takes more than its output")
+        found.add(str(user.target))
+    if len(found) == 1:
+        return Neighbor(found.pop())
+    return Neighbor(None, "what follows it varies" if found else "no call of it was seen")
+
+
+def _in_sequentials(model: nn.Module) -> dict[str, Neighbor]:
+    names = {module: name for name, module in model.named_modules()}
+    found = {}
+    for module in names:
+        if type(module) is nn.Sequential and "forward" not in module.__dict__:
+            children = list(module)
+            for first, second in itertools.pairwise(children):
+                found[names[first]] = Neighbor(names[second])
+    return found
