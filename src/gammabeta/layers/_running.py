@@ -13,8 +13,9 @@ from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.parameter import is_lazy
 
 from gammabeta.moments import Moments
-from gammabeta.ops import _torch, batch_norm
+from gammabeta.ops import _torch, run
 from gammabeta.ops._activations import Act
+from gammabeta.ops._native import Batch
 
 _BUFFERS = ("running_mean", "running_var")
 
@@ -95,18 +96,9 @@ class RunningMoments(_NormBase):
         self, x: Tensor, eps: float, act: Act, residual: Tensor | None, mask: Tensor | None
     ) -> Tensor:
         given = self._given(x, mask)
-        y, seen = batch_norm(
-            x,
-            self.weight,
-            self.bias,
-            moments=given,
-            eps=eps,
-            act=act,
-            residual=residual,
-            mask=mask,
-            group=self._group if given is None else None,
-            backend=self.backend,
-        )
+        group = self._group if given is None else None
+        operands = (self.weight, self.bias, given, eps, act, residual, mask, group)
+        y, seen = run(x, *operands, self.backend)
         if given is None:
             self._propose(seen)
         return y
@@ -145,25 +137,30 @@ class RunningMoments(_NormBase):
         if self._blocked or _torch.in_backward():
             return
         if self._pending is not None:
+            seen = seen.moments() if isinstance(seen, Batch) else seen
             self._pending[:] = [self._pending[0].merge(seen) if self._pending else seen]
         else:
             self._commit(seen)
 
     @torch.no_grad()
-    def _commit(self, seen: Moments) -> None:
+    def _commit(self, seen: Moments | Batch) -> None:
         """Enter one batch into the running statistics, or nothing of it.
 
         A statistic that is not finite would stay in the buffers for ever. Where reading a value
         would make a device wait, or hide it from a tracer, the choice is made by tensor values.
         """
-        mean, var = self._held() or (seen.mean, seen.m2)
-        if self.stored_variance == "biased":
-            batch_var = seen.var()
-        elif seen.n.dim() == 0 and _torch.host_readable(seen.n) and seen.n > 1:
-            batch_var = seen.m2 / (float(seen.n) - 1)  # as unbiased(), in one operation
+        biased = self.stored_variance == "biased"
+        if isinstance(seen, Batch):
+            batch_mean, batch_var = seen.both.unbind()
+            if biased:
+                batch_var = batch_var * ((seen.values - 1) / seen.values)
         else:
-            batch_var = seen.unbiased()  # NaN for a single value, so that it is skipped too
-        self._enter(running_mean=(mean, seen.mean), running_var=(var, batch_var))
+            # unbiased() is NaN for a single value, which is skipped like any other NaN
+            batch_mean, batch_var = seen.mean, seen.unbiased()
+            if biased:
+                batch_var = batch_var * ((seen.n - 1) / seen.n)
+        mean, var = self._held() or (batch_mean, batch_var)
+        self._enter(running_mean=(mean, batch_mean), running_var=(var, batch_var))
 
     def _enter(self, **pairs: tuple[Tensor, Tensor]) -> None:
         """running ← (1 − momentum)·running + momentum·new for each buffer, all or none."""
@@ -235,8 +232,8 @@ class RunningMoments(_NormBase):
         if x.dim() not in self._dimensions:
             wanted = " or ".join(f"{d}D" for d in self._dimensions)
             raise ValueError(
-                f"{self._name()}: expected {wanted} input (got {x.dim()}D input of size "
-                f"{tuple(x.shape)}). Choose the layer by its dimensions: 1d for (N, C) and "
+                f"{self._name()}: expected {wanted} input (got {x.dim()}D input), of size "
+                f"{tuple(x.shape)}. Choose the layer by its dimensions: 1d for (N, C) and "
                 "(N, C, L), 2d for (N, C, H, W), 3d for (N, C, D, H, W)."
             )
 

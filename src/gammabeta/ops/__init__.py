@@ -23,6 +23,7 @@ from gammabeta.moments import Moments, spread_mask, statistics
 from gammabeta.ops import _activations, _collective, _native, _reference, _torch
 from gammabeta.ops._activations import Act, Parsed
 from gammabeta.ops._collective import Meeting
+from gammabeta.ops._native import Batch
 
 _BACKENDS: dict[str, ModuleType] = {"native": _native, "reference": _reference}
 _LOW = (torch.float16, torch.bfloat16)
@@ -100,6 +101,28 @@ def batch_norm(
     Source: Ioffe & Szegedy 2015, Algorithm 1 and section 3.2, arXiv:1502.03167.
     Differs from ``torch.nn.functional.batch_norm``: see ``docs/architecture.md``.
     """
+    y, seen = run(x, weight, bias, moments, eps, act, residual, mask, group, backend)
+    return y, as_moments(seen)
+
+
+def as_moments(seen: Moments | Batch) -> Moments:
+    """The moments of what :func:`run` saw."""
+    return seen.moments() if isinstance(seen, Batch) else seen
+
+
+def run(
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    moments: Moments | None,
+    eps: float,
+    act: Act,
+    residual: Tensor | None,
+    mask: Tensor | None,
+    group: Any,
+    backend: str,
+) -> tuple[Tensor, Moments | Batch]:
+    """:func:`batch_norm` for layers: a batch's statistics as the backend reports them."""
     parsed = _activations.parse(act)
     _check(x, weight, bias, moments, eps, residual)
     if group is not None and moments is not None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -46,6 +46,22 @@ def why_not(
     return None
 
 
+class Batch(NamedTuple):
+    """A batch's statistics as PyTorch's op reports them, before anybody asks for moments.
+
+    A layer enters them into its buffers as they are: the way through float64 costs as much time
+    as normalizing a small batch.
+    """
+
+    both: Tensor  # (2, C): mean and unbiased variance
+    values: int  # per channel
+
+    def moments(self) -> Moments:
+        n = torch.full((), self.values, dtype=torch.float64, device=self.both.device)
+        mean, var = self.both.to(torch.float64).unbind()
+        return Moments(n, mean, var * (self.values - 1))
+
+
 def forward(
     x: Tensor,
     weight: Tensor | None,
@@ -54,14 +70,14 @@ def forward(
     eps: float,
     act: Parsed,
     residual: Tensor | None,
-) -> tuple[Tensor, Moments]:
+) -> tuple[Tensor, Moments | Batch]:
     """Everything in one call.
 
     The op reports a batch's statistics only by an update of running buffers: two fresh ones
     with momentum 1.
     """
+    seen: Moments | Batch
     if stats is None:
-        # the two rows receive exactly the batch's mean and unbiased variance
         wide = torch.float32 if x.dtype in _LOW else x.dtype
         both = torch.zeros(2, x.shape[1], dtype=wide, device=x.device)
         if torch.compiler.is_compiling():
@@ -70,15 +86,13 @@ def forward(
             z = torch.batch_norm(x, weight, bias, mean, var, True, 1.0, eps, cudnn)
         else:
             z = _fused(x, weight, bias, both, eps)
-        count = x.numel() // x.shape[1]
-        n = torch.full((), count, dtype=torch.float64, device=x.device)
-        mean, var = both.to(torch.float64).unbind()
-        stats = Moments(n, mean, var * (count - 1))
+        seen = Batch(both, x.numel() // x.shape[1])
     else:
         z = normalize(x, stats, weight, bias, eps, None, None, None)
+        seen = stats
     if residual is not None:
         z = z + residual
-    return _activations.apply(act, z), stats
+    return _activations.apply(act, z), seen
 
 
 class _Fused(torch.autograd.Function):
