@@ -65,9 +65,10 @@ def calibrate(
 
     With ``order="network"`` a layer's statistics are taken when all layers before it already
     normalize with their finished ones. That takes one pass over ``batches`` for each level, the
-    longest chain of layers that feed each other (a network of 50 normalizations in a row costs 50
-    passes), and does not depend on how the data are split into batches. A layer that is called several times in a forward pass pools all its calls;
-    while it is at work it normalizes with those it has finished.
+    longest chain of layers that feed each other (50 normalizations in a row cost 50 passes), and
+    does not depend on how the data are split into batches. A layer that is called several times
+    in a forward pass pools all its calls; while it is at work it normalizes with those it has
+    finished.
     With ``order="batch"`` there is one pass, in which every layer normalizes each batch by the
     batch's own statistics, as in training. Then only the first layers are independent of the
     split: all others see what small or sorted batches make of their input.
