@@ -32,7 +32,7 @@ HEADLINE = {
     "no-dropout",
 }
 # The ids in their order, one a line. Published ids stay; a new claim changes this line alone.
-IDS = (132, "5b552fd2e72f3ea4239d1057b0c963153711dd9dab34b01f38174296094f9bee")
+IDS = (132, "c8078f925409f8de8f1cbc56a4bfc55b0c058d06411ba5c371b0dbaef9264ea7")
 RUNNABLE = {"activations": ("act-all", "act-sigmoid-most")}
 
 GOOD = {
@@ -76,7 +76,7 @@ def test_the_texts_fit_a_terminal_and_a_page(claim: _claims.Claim) -> None:
 
 
 def test_a_claim_named_in_a_text_exists() -> None:
-    named = ("ics-gradient", "weight-pythagoras", "noisy-bn", "f-lr", "bn-speed", "batch-u")
+    named = ("ics-gradient", "weight-pythagoras", "noisy-bn", "f-lr", "bn-speed", "batch-U")
     texts = " ".join(claim.rule + claim.caveats for claim in claims().values())
     for name in named:
         assert name in texts
@@ -140,8 +140,11 @@ def test_a_claim_without_id_is_named_by_its_place() -> None:
         ({"id": "a" * 65}, "field 'id': expected 1 to 64"),
         ({"id": "a-claim\n"}, "field 'id'"),
         ({"id": "all"}, "field 'id'.*none of headline, all"),
+        ({"id": "All"}, "field 'id'.*none of headline, all, got 'All'"),
         ({"experiment": "a.b"}, "a-claim: field 'experiment'"),
+        ({"experiment": "Abc"}, "field 'experiment': expected 1 to 64 of a-z, 0-9 and -"),
         ({"experiment": "a-claim"}, "field 'experiment'.*an id that no claim has"),
+        ({"id": "A-Claim", "experiment": "a-claim"}, "A-Claim: field 'experiment'.*no claim has"),
         ({"headline": 1}, "field 'headline': expected true or false, got 1"),
         ({"title": "  "}, "field 'title': expected a text, got an empty one"),
         ({"thresholds": 3}, "field 'thresholds': expected a table of numbers"),
@@ -163,6 +166,7 @@ def test_a_threshold_is_a_finite_number(value: str) -> None:
     ("text", "message"),
     [
         (toml(GOOD, GOOD), "a-claim: field 'id': expected every id once"),
+        (toml(GOOD, GOOD | {"id": "a-Claim"}), "a-Claim: field 'id': expected every id once"),
         ("[[claim]]\nid = x\n", "expected TOML.*line 2"),
         ("[[claims]]\n", "expected nothing but .*got 'claims'"),
         ("[claim]\nid = 'x'\n", "double brackets"),
@@ -206,6 +210,8 @@ def test_ids_become_experiments(ids: list[str], expected: list[str]) -> None:
         (["xyzzy"], r"unknown claim or experiment 'xyzzy'\. `gammabeta study list`"),
         (["\x1b[2J"], r"'\\x1b\[2J'"),
         (["noisy-bn"], r"claim 'noisy-bn' has no experiment yet\..* run: activations\."),
+        (["batch-U"], r"claim 'batch-U' has no experiment yet"),
+        (["batch-u"], r"claim 'batch-U' has no experiment yet"),
     ],
 )
 def test_an_id_that_cannot_be_run_is_explained(ids: list[str], message: str) -> None:
@@ -217,6 +223,7 @@ def test_an_id_that_cannot_be_run_is_explained(ids: list[str], message: str) -> 
     ("experiments", "message"),
     [
         ({"noisy-bn": ()}, "experiment 'noisy-bn': expected an id that is neither"),
+        ({"batch-u": ()}, "experiment 'batch-u': expected an id that is neither"),
         ({"all": ()}, "experiment 'all'"),
         ({"activations": ("act-al",)}, "CLAIMS: unknown.*'act-al'.*Did you mean 'act-all'"),
         ({"other": ("act-all",)}, "'act-all'.*'other'.*gives it the experiment 'activations'"),
@@ -230,9 +237,20 @@ def test_experiments_that_contradict_the_registry_are_refused(
         resolve(["headline"], experiments)
 
 
+@pytest.mark.parametrize("given", ["a-CLAIM", "a-claim", " A-Claim "])
+def test_capitals_do_not_matter_in_what_is_asked(
+    monkeypatch: pytest.MonkeyPatch, given: str
+) -> None:
+    text = toml(GOOD | {"id": "a-CLAIM", "experiment": "x"}) + "[claim.thresholds]\ndelta = 1\n"
+    monkeypatch.setattr(_claims, "_file", lambda: parse(text))
+    assert resolve([given], {"x": ("a-CLAIM",)}) == ["x"]
+    assert rules([f"{given}.delta=2"]) == {"a-CLAIM": {"delta": 2.0}}
+
+
 def test_the_nearest_names_come_first() -> None:
     assert suggest("act-al", claims())[0] == "act-all"
     assert suggest("BN-Ordr", claims())[0] == "bn-order"
+    assert suggest("batchU", claims())[0] == "batch-U"
     assert suggest("xyzzy", claims()) == []
 
 
@@ -263,6 +281,7 @@ def test_the_registry_is_back_after_an_error() -> None:
         ("act-al.delta=1", "'act-al'.*Did you mean 'act-all'"),
         ("act-all.alpha=1", "'act-all' has no threshold 'alpha'; it has delta"),
         ("noisy-bn.delta=1", "'noisy-bn' has no threshold 'delta'; it has none yet"),
+        ("batch-u.delta=1", "'batch-U' has no threshold 'delta'; it has none yet"),
     ],
 )
 def test_a_wrong_rule_is_explained(text: str, message: str) -> None:

@@ -117,6 +117,13 @@ def test_what_was_written_is_read_again(run):
     assert verdicts["verdicts"] == [VERDICT]
 
 
+def test_a_claim_may_have_capitals(run):
+    change(run / "claims.json", claims=[{**CLAIM, "id": "batch-U"}])
+    verdict_with(claim="batch-U")(run)
+    assert [claim["id"] for claim in _runs.read_claims(run)] == ["batch-U"]
+    assert [v["claim"] for v in _runs.read_verdicts(run)["verdicts"]] == ["batch-U"]
+
+
 def test_the_name_hashes_what_decides_the_rows_and_nothing_else():
     name = _runs.cell_name(SPEC)
     assert name == "ef8520540808dd38"  # fixed for ever: other machines' folders carry it
@@ -330,6 +337,15 @@ HOSTILE = {
         lambda r: change(r / "claims.json", claims=[{**CLAIM, "title": None}]),
         r"claims\[0\]: title: expected text, got None",
     ),
+    "a claim with a colored id": (
+        lambda r: change(r / "claims.json", claims=[{**CLAIM, "id": "a\x1b[31m"}]),
+        r"claims\[0\]: id: expected a claim's id, got 'a\\x1b\[31m'",
+    ),
+    "a claim of an experiment in capitals": (
+        lambda r: change(r / "claims.json", claims=[{**CLAIM, "experiment": "Toy"}]),
+        r"claims\[0\]: experiment: expected an id or null, got 'Toy'",
+    ),
+    "a verdict on no claim": (verdict_with(claim="a claim"), "claim: expected a claim's id"),
     "another status": (verdict_with(status="proven"), "status: expected supported or refuted"),
     "a status that is a list": (verdict_with(status=[]), "status: expected supported"),
     "an interval of text": (verdict_with(ci=["a", "b"]), "ci: expected"),

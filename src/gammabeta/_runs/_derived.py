@@ -1,6 +1,7 @@
 """The registry, the verdicts and the figures of a run folder: their fields, and reading them."""
 
 import os
+import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,8 @@ from gammabeta._runs._check import (
 
 STATUSES = ("supported", "refuted", "mixed", "inconclusive", "exact", "fails", "demo")
 
+_CLAIM_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9-]{0,63}")  # no folder is named after it
+
 
 def _numbers(value: object) -> bool:
     return isinstance(value, list) and all(v is None or is_number(v) for v in value)
@@ -26,6 +29,7 @@ def _numbers(value: object) -> bool:
 
 _KINDS: dict[str, Callable[[Any], bool]] = {
     "an id": is_id,
+    "a claim's id": lambda v: isinstance(v, str) and _CLAIM_ID.fullmatch(v) is not None,
     "an id or null": lambda v: v is None or is_id(v),
     "text": lambda v: isinstance(v, str),
     "true or false": lambda v: isinstance(v, bool),
@@ -49,7 +53,7 @@ def _texts(*fields: str) -> dict[str, str]:
 
 
 _CLAIM = _texts("title", "question", "source", "topic", "reported", "rule", "caveats") | {
-    "id": "an id",
+    "id": "a claim's id",
     "origin": "text or beyond",
     "kind": "statistical or exact",
     "experiment": "an id or null",
@@ -57,7 +61,7 @@ _CLAIM = _texts("title", "question", "source", "topic", "reported", "rule", "cav
     "thresholds": "an object of numbers",
 }
 _VERDICT = _texts("unit", "reported", "budget", "data", "sentence") | {
-    "claim": "an id",
+    "claim": "a claim's id",
     "experiment": "an id",
     "status": " or ".join(STATUSES),
     "published_status": " or ".join(STATUSES) + " or null",

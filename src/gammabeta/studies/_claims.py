@@ -32,7 +32,11 @@ SETS = ("headline", "all")
 """Names that stand for several experiments; no claim and no experiment may take them."""
 
 _FILE = "claims.toml"
-_ID = re.compile(r"[a-z0-9][a-z0-9-]{0,63}")
+_IDS = {
+    "id": (re.compile(r"[A-Za-z0-9][A-Za-z0-9-]{0,63}"), "A-Z, a-z, 0-9 and -"),
+    # A module and folders are named after it, and some file systems ignore capitals.
+    "experiment": (re.compile(r"[a-z0-9][a-z0-9-]{0,63}"), "a-z, 0-9 and -"),
+}
 _REQUIRED = ("id", "title", "question", "origin", "source", "kind", "topic", "rule")
 _CHOICES = {"origin": ("text", "beyond"), "kind": ("statistical", "exact"), "topic": TOPICS}
 
@@ -115,11 +119,12 @@ def parse(text: str) -> dict[str, Claim]:
     found: dict[str, Claim] = {}
     for number, table in enumerate(tables, 1):
         claim = _claim(table, f"claim number {number}")
-        if claim.id in found:
+        if claim.id.lower() in _spelled(found):
             _refuse(claim.id, "id", "every id once", "it a second time", "Choose another id.")
         found[claim.id] = claim
+    names = _spelled(found)
     for claim in found.values():
-        if claim.experiment in found:
+        if claim.experiment in names:
             expected = "an id that no claim has"
             _refuse(claim.id, "experiment", expected, repr(claim.experiment), "Rename one of them.")
     return found
@@ -127,7 +132,7 @@ def parse(text: str) -> dict[str, Claim]:
 
 def _claim(table: dict[str, Any], place: str) -> Claim:
     given = table.get("id")
-    name = given if isinstance(given, str) and _ID.fullmatch(given) else place
+    name = given if isinstance(given, str) and _IDS["id"][0].fullmatch(given) else place
     for field in table:
         if field not in Claim._fields:
             near = suggest(field, Claim._fields)
@@ -150,9 +155,10 @@ def _value(name: str, field: str, value: Any) -> Any:
         return _thresholds(name, value)
     if not isinstance(value, str):
         _refuse(name, field, "text in quotes", repr(value))
-    if field in ("id", "experiment"):
-        if not _ID.fullmatch(value) or value in SETS:
-            expected = f"1 to 64 of a-z, 0-9 and -, and none of {', '.join(SETS)}"
+    if field in _IDS:
+        pattern, letters = _IDS[field]
+        if not pattern.fullmatch(value) or value.lower() in SETS:
+            expected = f"1 to 64 of {letters}, and none of {', '.join(SETS)}"
             _refuse(name, field, expected, repr(value))
         return value
     if field in _CHOICES:
@@ -191,11 +197,17 @@ def suggest(word: str, choices: Iterable[str]) -> list[str]:
         >>> suggest("act-al", ["act-all", "bn-order"])
         ['act-all']
     """
-    word = word.lower()
-    near = difflib.get_close_matches(word, list(choices), n=3, cutoff=0.6)
+    word, spelled = word.lower(), _spelled(choices)
+    near = difflib.get_close_matches(word, list(spelled), n=3, cutoff=0.6)
     close = [difflib.SequenceMatcher(None, choice, word).ratio() for choice in near]
     # A slip of one letter has one answer; others are offered only if they are about as near.
-    return [choice for choice, ratio in zip(near, close, strict=True) if ratio > close[0] - 0.1]
+    best = [choice for choice, ratio in zip(near, close, strict=True) if ratio > close[0] - 0.1]
+    return [spelled[choice] for choice in best]
+
+
+def _spelled(ids: Iterable[str]) -> dict[str, str]:
+    """Each id as the registry spells it, by what it is in small letters: users may write either."""
+    return {name.lower(): name for name in ids}
 
 
 def resolve(ids: Sequence[str], experiments: Mapping[str, tuple[str, ...]]) -> list[str]:
@@ -216,9 +228,11 @@ def resolve(ids: Sequence[str], experiments: Mapping[str, tuple[str, ...]]) -> l
     """
     known = _registry()
     owner = _owners(experiments, known)
+    spelled = _spelled(known)
     found: dict[str, None] = {}
     for given in ids:
         name = given.strip().lower()
+        name = spelled.get(name, name)
         if name == "all":
             found |= dict.fromkeys(experiments)
         elif name == "headline":
@@ -243,8 +257,9 @@ def _owners(
 ) -> dict[str, str]:
     """Which experiment decides each claim, after checking that modules and registry agree."""
     owner: dict[str, str] = {}
+    names = _spelled(known)
     for experiment, decided in experiments.items():
-        if experiment in known or experiment in SETS:
+        if experiment in names or experiment in SETS:
             raise ValueError(
                 f"experiment {experiment!r}: expected an id that is neither a claim's nor one of "
                 f"{', '.join(SETS)}, got one that is. Rename its module."
@@ -286,10 +301,12 @@ def rules(texts: Sequence[str]) -> dict[str, dict[str, float]]:
         {'act-all': {'delta': 0.5}}
     """
     found: dict[str, dict[str, float]] = {}
+    spelled = _spelled(_file())
     for text in texts:
         place, _, number = text.partition("=")
         given, _, key = place.partition(".")
         name, key = given.strip().lower(), key.strip()
+        name = spelled.get(name, name)
         try:
             value = float(number)
         except ValueError:
