@@ -375,7 +375,7 @@ def _sorted_out(words: list[str]) -> tuple[list[Path], list[Claim]]:
         belong = [
             claim
             for claim in known.values()
-            if name in (claim.id, claim.experiment, "all")
+            if name in (claim.id.lower(), claim.experiment, "all")
             or (name == "headline" and claim.headline)
         ]
         if Path(word).exists() or Path(word).name != word:

@@ -9,7 +9,8 @@ from torch import Tensor
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from gammabeta.layers._running import RunningMoments, is_traced, traced_call
-from gammabeta.ops import _torch
+from gammabeta.moments import Moments
+from gammabeta.ops import _torch, batch_norm
 
 
 class Method(RunningMoments, _BatchNorm):
@@ -55,7 +56,7 @@ class Method(RunningMoments, _BatchNorm):
         return self._normalize(input, mask)
 
     def _normalize(self, x: Tensor, mask: Tensor | None) -> Tensor:
-        return self._forward(x, self._eps, None, None, mask)
+        return self._forward(x, None, None, mask)
 
     def _refuse_group(self) -> None:
         """For a method whose statistics are those of this process's samples by definition."""

@@ -13,7 +13,7 @@ from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.parameter import is_lazy
 
 from gammabeta.moments import Moments
-from gammabeta.ops import _torch, run
+from gammabeta.ops import _torch, check_backend, run
 from gammabeta.ops._activations import Act
 from gammabeta.ops._native import Batch
 
@@ -74,6 +74,7 @@ class RunningMoments(_NormBase):
                     f"{type(self).__name__}: {name} must be {choices[0]!r} or {choices[1]!r}, "
                     f"got {value!r}."
                 )
+        check_backend(backend)
         # as attributes of the layer only where they differ from the defaults above
         if backend != "auto":
             self.backend = backend
@@ -92,15 +93,16 @@ class RunningMoments(_NormBase):
 
     # -- forward ------------------------------------------------------------------------
 
-    def _forward(
-        self, x: Tensor, eps: float, act: Act, residual: Tensor | None, mask: Tensor | None
-    ) -> Tensor:
+    def _forward(self, x: Tensor, act: Act, residual: Tensor | None, mask: Tensor | None) -> Tensor:
         given = self._given(x, mask)
         group = self._group if given is None else None
-        operands = (self.weight, self.bias, given, eps, act, residual, mask, group)
+        operands = (self.weight, self.bias, given, self._epsilon(), act, residual, mask, group)
         y, seen = run(x, *operands, self.backend)
         if given is None:
-            self._propose(seen)
+            if x.numel() == 0 and self._group is None:
+                self._count_empty()
+            else:
+                self._propose(seen)
         return y
 
     def _given(self, x: Tensor, mask: Tensor | None) -> Moments | None:
@@ -111,6 +113,11 @@ class RunningMoments(_NormBase):
         held = self._held()
         if held is not None and (self._frozen or not self.training):
             return Moments.given(*held)
+        if not self._epsilon() > 0:
+            raise ValueError(
+                f"{self._name()}: batch_norm eps must be positive during training, but got "
+                f"{self._epsilon()}. Usual is 1e-5; the function gammabeta.batch_norm accepts 0."
+            )
         if mask is None and self._group is None and x.numel() == x.shape[1]:
             if held is not None and self.on_single == "running":
                 return Moments.given(*held)
@@ -120,6 +127,10 @@ class RunningMoments(_NormBase):
                 f'on_single="running".{self._details()}'
             )
         return None
+
+    def _epsilon(self) -> float:
+        hidden = self.__dict__.get("_eps")  # of layers that do not offer it to other tools
+        return self.eps if hidden is None else float(hidden)
 
     def _held(self) -> tuple[Tensor, Tensor] | None:
         mean, var = self.running_mean, self.running_var
@@ -132,15 +143,25 @@ class RunningMoments(_NormBase):
 
         ``seen`` is anything with ``merge`` that ``_commit`` understands.
         """
-        if not (self.training and self.track_running_stats) or self._held() is None:
-            return
-        if self._blocked or _torch.in_backward():
+        if not self._commits():
             return
         if self._pending is not None:
             seen = seen.moments() if isinstance(seen, Batch) else seen
             self._pending[:] = [self._pending[0].merge(seen) if self._pending else seen]
         else:
             self._commit(seen)
+
+    def _commits(self) -> bool:
+        """Whether a forward pass that happens now is one to enter."""
+        if not (self.training and self.track_running_stats) or self._held() is None:
+            return False
+        return not (self._blocked or _torch.in_backward())
+
+    def _count_empty(self) -> None:
+        """A batch without samples has no statistics; it is counted, as in PyTorch."""
+        tracked = self.num_batches_tracked
+        if tracked is not None and self._pending is None and self._commits():
+            self._buffers["num_batches_tracked"] = tracked + 1 if self._rebind else tracked.add_(1)
 
     @torch.no_grad()
     def _commit(self, seen: Moments | Batch) -> None:
@@ -280,9 +301,8 @@ class RunningMoments(_NormBase):
     # -- what a person and a tracer see -------------------------------------------------
 
     def extra_repr(self) -> str:
-        hidden = self.__dict__.get("_eps")  # of layers that do not offer it to other tools
         shown = (
-            f"{self.num_features}, eps={self.eps if hidden is None else hidden}, "
+            f"{self.num_features}, eps={self._epsilon()}, "
             f"momentum={self.momentum}, affine={self.affine}, bias={self.bias is not None}, "
             f"track_running_stats={self.track_running_stats}"
         )

@@ -39,7 +39,7 @@ class _Plain(RunningMoments, _BatchNorm):
     def forward(self, input: Tensor, mask: Tensor | None = None) -> Tensor:
         if is_traced(input):
             return cast(Tensor, traced_call(self, input, mask=mask))
-        return self._forward(input, self.eps, None, None, mask)
+        return self._forward(input, None, None, mask)
 
 
 class BatchNorm1d(_Plain, nn.BatchNorm1d):
@@ -234,7 +234,7 @@ class _Fused(RunningMoments, _BatchNorm):
     ) -> Tensor:
         if is_traced(input):
             return cast(Tensor, traced_call(self, input, residual=residual, mask=mask))
-        return self._forward(input, self._eps, self.act, residual, mask)
+        return self._forward(input, self.act, residual, mask)
 
     def extra_repr(self) -> str:
         return super().extra_repr() + f", act={self.act!r}"

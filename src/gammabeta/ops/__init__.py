@@ -200,18 +200,23 @@ def backends(x: Tensor, **call: Any) -> dict[str, Backend]:
     }
 
 
+def check_backend(backend: str) -> None:
+    """Raise ValueError, with the nearest name, unless ``backend`` is "auto" or a backend's name."""
+    if backend != "auto" and backend not in _BACKENDS:
+        near = difflib.get_close_matches(str(backend), ["auto", *_BACKENDS], 1)
+        hint = f" Did you mean {near[0]!r}?" if near else ""
+        raise ValueError(
+            f"backend: expected 'auto' or one of {', '.join(_BACKENDS)}, got {backend!r}.{hint}"
+        )
+
+
 def _choose(backend: str, x: Tensor, **call: Any) -> ModuleType:
     if backend == "auto":
         # torch.func cannot see into an op that writes its statistics in place
         if _torch.transform_active():
             return _reference
         return next(m for m in _BACKENDS.values() if m.why_not(x, **call) is None)
-    if backend not in _BACKENDS:
-        near = difflib.get_close_matches(str(backend), ["auto", *_BACKENDS], 1)
-        hint = f" Did you mean {near[0]!r}?" if near else ""
-        raise ValueError(
-            f"backend: expected 'auto' or one of {', '.join(_BACKENDS)}, got {backend!r}.{hint}"
-        )
+    check_backend(backend)
     module = _BACKENDS[backend]
     reason = module.why_not(x, **call)
     if reason is not None:
