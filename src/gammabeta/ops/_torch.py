@@ -47,11 +47,17 @@ def in_backward() -> bool:
     return task is not None and task() != -1
 
 
+def recorded() -> bool:
+    """Whether a tracer or a dispatch mode sees the operations instead of their values."""
+    if torch.compiler.is_compiling():
+        return True
+    mode = getattr(dispatch, "_get_current_dispatch_mode", None)
+    tracing: Callable[[], bool] = getattr(torch.jit, "is_tracing", lambda: False)
+    return (mode is not None and mode() is not None) or tracing()
+
+
 def host_readable(t: Tensor) -> bool:
     """Whether reading a value of ``t`` costs nothing and hides nothing from a tracer."""
-    if torch.compiler.is_compiling() or type(t) is not Tensor or t.device.type != "cpu":
+    if type(t) is not Tensor or t.device.type != "cpu":
         return False
-    mode = getattr(dispatch, "_get_current_dispatch_mode", None)
-    tracing = mode is not None and mode() is not None
-    recording: Callable[[], bool] = getattr(torch.jit, "is_tracing", lambda: False)
-    return not (tracing or recording() or transform_active())
+    return not (recorded() or transform_active())
