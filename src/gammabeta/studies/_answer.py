@@ -127,10 +127,12 @@ def _sentence(status: str, setting: Setting, words: Words, fair: Outcome, delta:
     shown = text.format(weakest=named(fair), refuted=listed(refuted), delta=f"{delta:g}")
     sentence = f"{opening}: {where}, {shown}."
     if status == "inconclusive":
-        still = [n for n, cell in fair.cells.items() if cell.status == "inconclusive"]
-        sentence += (
-            f" Open: {'; '.join(f'{n} ({fair.cells[n].reason})' for n in still)}." if still else ""
-        )
+        why: dict[str, list[str]] = {}
+        for name, cell in fair.cells.items():
+            if cell.status == "inconclusive":
+                why.setdefault(cell.reason, []).append(name)
+        still = "; ".join(f"{listed(names)} ({reason})" for reason, names in why.items())
+        sentence += f" Open: {still}." if still else ""
     return sentence
 
 
