@@ -77,7 +77,6 @@ def test_a_checkpointed_forward_counts_once_inside_accumulate_too(reentrant):
     same(held(layer), held(plain), rtol=1e-12)
 
 
-@pytest.mark.xfail(strict=True, reason="an assignment to _buffers stops the compiler")
 @pytest.mark.parametrize("momentum", [0.1, None])
 @pytest.mark.parametrize("reentrant", [False, True], ids=["non-reentrant", "reentrant"])
 def test_a_compiled_step_with_checkpointing_counts_once(reentrant, momentum):
@@ -571,7 +570,6 @@ def test_plain_vmap_in_training_is_an_error_that_names_functional_call():
     same(held(model), before)
 
 
-@pytest.mark.xfail(strict=True, reason="refused, though the given buffers are stacked")
 def test_plain_vmap_over_stacked_buffers_updates_them_in_place_as_with_pytorchs_layers():
     found = []
     for cls in (nn.BatchNorm1d, gb.BatchNorm1d):
@@ -587,7 +585,6 @@ def test_plain_vmap_over_stacked_buffers_updates_them_in_place_as_with_pytorchs_
     same(found[1], found[0], rtol=1e-12)
 
 
-@pytest.mark.xfail(strict=True, reason="accumulate collects the call's moments for the model")
 def test_functional_call_inside_accumulate_writes_nothing_either():
     layer = gb.BatchNorm1d(3).double()
     before = held(layer)
@@ -817,7 +814,6 @@ def test_a_copy_has_a_skip_count_and_a_name_of_its_own(way):
         twin[4](torch.zeros(1, 4).double())
 
 
-@pytest.mark.xfail(strict=True, reason="the copy stays in the block for ever")
 @pytest.mark.parametrize("way", COPIES)
 @pytest.mark.parametrize("block", [gb.accumulate, gb.no_update])
 def test_a_copy_made_inside_a_block_updates_as_ever_once_the_block_is_left(block, way):
@@ -839,9 +835,6 @@ def broadcast(layer):
             buffer.copy_(buffer + 1)
 
 
-F64_EVAL = pytest.mark.xfail(strict=True, reason="float64 buffers are saved for the backward pass")
-
-
 @pytest.mark.parametrize("cls", [gb.BatchNorm1d, gb.BatchNormAct1d])
 @pytest.mark.parametrize("backend", ["auto", "reference", "native"])
 @pytest.mark.parametrize(
@@ -851,8 +844,8 @@ F64_EVAL = pytest.mark.xfail(strict=True, reason="float64 buffers are saved for 
         ("train", torch.float64),
         ("eval", torch.float32),
         ("frozen", torch.float32),
-        pytest.param("eval", torch.float64, marks=F64_EVAL),
-        pytest.param("frozen", torch.float64, marks=F64_EVAL),
+        ("eval", torch.float64),
+        ("frozen", torch.float64),
     ],
 )
 def test_buffers_may_be_written_between_forward_and_backward(mode, dtype, backend, cls):

@@ -17,6 +17,16 @@ _NAMES = {
     "BatchNormAct1d": "layers.batch_norm",
     "BatchNormAct2d": "layers.batch_norm",
     "BatchNormAct3d": "layers.batch_norm",
+    "BatchRenorm1d": "layers.renorm",
+    "BatchRenorm2d": "layers.renorm",
+    "BatchRenorm3d": "layers.renorm",
+    "DecorrelatedBatchNorm1d": "layers.whiten",
+    "DecorrelatedBatchNorm2d": "layers.whiten",
+    "GhostBatchNorm1d": "layers.ghost",
+    "GhostBatchNorm2d": "layers.ghost",
+    "GhostBatchNorm3d": "layers.ghost",
+    "IterNorm1d": "layers.whiten",
+    "IterNorm2d": "layers.whiten",
     "LazyBatchNorm1d": "layers.batch_norm",
     "LazyBatchNorm2d": "layers.batch_norm",
     "LazyBatchNorm3d": "layers.batch_norm",
@@ -51,6 +61,16 @@ if TYPE_CHECKING:
     from gammabeta.layers.batch_norm import LazyBatchNorm1d as LazyBatchNorm1d
     from gammabeta.layers.batch_norm import LazyBatchNorm2d as LazyBatchNorm2d
     from gammabeta.layers.batch_norm import LazyBatchNorm3d as LazyBatchNorm3d
+    from gammabeta.layers.ghost import GhostBatchNorm1d as GhostBatchNorm1d
+    from gammabeta.layers.ghost import GhostBatchNorm2d as GhostBatchNorm2d
+    from gammabeta.layers.ghost import GhostBatchNorm3d as GhostBatchNorm3d
+    from gammabeta.layers.renorm import BatchRenorm1d as BatchRenorm1d
+    from gammabeta.layers.renorm import BatchRenorm2d as BatchRenorm2d
+    from gammabeta.layers.renorm import BatchRenorm3d as BatchRenorm3d
+    from gammabeta.layers.whiten import DecorrelatedBatchNorm1d as DecorrelatedBatchNorm1d
+    from gammabeta.layers.whiten import DecorrelatedBatchNorm2d as DecorrelatedBatchNorm2d
+    from gammabeta.layers.whiten import IterNorm1d as IterNorm1d
+    from gammabeta.layers.whiten import IterNorm2d as IterNorm2d
     from gammabeta.models.calibration import calibrate as calibrate
     from gammabeta.models.conversion import convert as convert
     from gammabeta.models.conversion import report_of as report_of

@@ -113,7 +113,9 @@ class Moments(NamedTuple):
                 f"{tuple(mean.shape)} and {tuple(var.shape)}. Flatten them to one value a channel."
             )
         one = torch.ones((), dtype=torch.float64, device=mean.device)
-        return cls(one, mean.detach().to(torch.float64), var.detach().to(torch.float64))
+        # copies: what a backward pass keeps must not change when a buffer is written to
+        mean = mean.detach().to(torch.float64, copy=True)
+        return cls(one, mean, var.detach().to(torch.float64, copy=True))
 
     def merge(self, other: Moments) -> Moments:
         """Pool with the moments of other data, as if both had been one batch.

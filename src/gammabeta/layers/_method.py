@@ -53,10 +53,19 @@ class Method(RunningMoments, _BatchNorm):
     def forward(self, input: Tensor, mask: Tensor | None = None) -> Tensor:
         if is_traced(input):
             return cast(Tensor, traced_call(self, input, mask=mask))
-        return self._normalize(input, mask)
+        return self._normalize(input, mask, self._given(input, mask))
 
-    def _normalize(self, x: Tensor, mask: Tensor | None) -> Tensor:
-        return self._forward(x, None, None, mask)
+    def _normalize(self, x: Tensor, mask: Tensor | None, given: Moments | None) -> Tensor:
+        """By the ``given`` running statistics; a method overrides it for those of a batch."""
+        call: dict[str, Any] = {"eps": self._eps, "mask": mask, "backend": self.backend}
+        return batch_norm(x, self.weight, self.bias, moments=given, **call)[0]
+
+    def _offer(self, x: Tensor, seen: Any) -> None:
+        """Propose the statistics ``seen`` in ``x``, if there are any."""
+        if x.numel() == 0 and self._group is None:
+            self._count_empty()
+        else:
+            self._propose(seen)
 
     def _refuse_group(self) -> None:
         """For a method whose statistics are those of this process's samples by definition."""

@@ -145,7 +145,7 @@ class RunningMoments(_NormBase):
         """
         if not self._commits():
             return
-        if self._pending is not None:
+        if self._pending is not None and not self._rebind:
             seen = seen.moments() if isinstance(seen, Batch) else seen
             self._pending[:] = [self._pending[0].merge(seen) if self._pending else seen]
         else:
@@ -189,7 +189,7 @@ class RunningMoments(_NormBase):
         new = [value.to(held.dtype) for held, value in pairs.values()]
         tracked = self.num_batches_tracked
         fine: bool | Tensor
-        if _torch.host_readable(new[0]):
+        if not self._rebind and _torch.host_readable(new[0]):
             # the largest magnitude is NaN or infinite if any value is
             fine = all(math.isfinite(torch.linalg.vector_norm(v, torch.inf)) for v in new)
             if not fine:
@@ -197,27 +197,40 @@ class RunningMoments(_NormBase):
                 self._warn()
                 return
         else:
-            self._check_batched(new)
+            self._check_batched(old, new)
             keep = torch.linalg.vector_norm(torch.cat(new), torch.inf) < torch.inf
             new = [torch.where(keep, v, held) for held, v in zip(old, new, strict=True)]
             self._count_skip(~keep)
             fine = keep
         if tracked is not None:
-            tracked = tracked + fine if self._rebind else tracked.add_(fine)
-            self._buffers["num_batches_tracked"] = tracked
+            tracked = self._track(tracked, fine)
         weight: float | Tensor = 1.0
         if self.momentum is not None:
             weight = self.momentum
         elif tracked is not None:
             weight = 1.0 / tracked.clamp(min=1).to(old[0].dtype)
         for name, held, value in zip(pairs, old, new, strict=True):
-            if self._rebind:
-                self._buffers[name] = torch.lerp(held, value, weight)
-            else:
+            if fine is True:
                 held.lerp_(value, weight)
+                continue
+            # vmap has no rule for lerp
+            updated = held * (1 - weight) + value * weight
+            if self._rebind:
+                self._buffers[name] = updated
+            else:
+                held.copy_(updated)
 
-    def _check_batched(self, new: list[Tensor]) -> None:
-        if not self._rebind and any(_torch.is_batched(value) for value in new):
+    def _track(self, tracked: Tensor, count: int | bool | Tensor) -> Tensor:
+        if not self._rebind:
+            return tracked.add_(count)
+        self._buffers["num_batches_tracked"] = tracked + count
+        return tracked + count
+
+    def _check_batched(self, old: list[Tensor], new: list[Tensor]) -> None:
+        pairs = zip(old, new, strict=True)
+        if not self._rebind and any(
+            _torch.is_batched(value) and not _torch.is_batched(held) for held, value in pairs
+        ):
             raise RuntimeError(
                 f"{self._name()}: under torch.func.vmap each copy has running statistics of its "
                 "own, which one buffer cannot hold. Use gammabeta.functional_call, which returns "
@@ -225,7 +238,8 @@ class RunningMoments(_NormBase):
             )
 
     def _count_skip(self, skip: int | Tensor) -> None:
-        if not self._rebind and self._skipped is not None:
+        stacked = isinstance(skip, Tensor) and _torch.is_batched(skip)
+        if self._skipped is not None and not (self._rebind or stacked):
             self._skipped.add_(skip)
 
     def _warn(self) -> None:
@@ -297,6 +311,11 @@ class RunningMoments(_NormBase):
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
         super()._load_from_state_dict(*args, **kwargs)
         self._widen_buffers()
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Without what a `with` block has set for the time being: a copy is not in the block."""
+        passing = ("_blocked", "_pending", "_rebind")
+        return {key: value for key, value in self.__dict__.items() if key not in passing}
 
     # -- what a person and a tracer see -------------------------------------------------
 

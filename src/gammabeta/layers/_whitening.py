@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, NamedTuple
 
 import torch
@@ -10,7 +11,7 @@ from torch import Tensor
 
 from gammabeta.layers._method import Method, in_format_of, wide_dtype
 from gammabeta.layers._running import _is_low
-from gammabeta.moments import over, spread_mask
+from gammabeta.moments import Moments, spread_mask
 
 
 class CrossMoments(NamedTuple):
@@ -86,32 +87,35 @@ class Whitening(Method):
 
     # -- forward ------------------------------------------------------------------------
 
-    def _normalize(self, x: Tensor, mask: Tensor | None) -> Tensor:
-        by_batch = self._given(x, mask) is None
+    def _normalize(self, x: Tensor, mask: Tensor | None, given: Moments | None) -> Tensor:
+        by_batch = given is None
         if by_batch:
             self._refuse_group()
         valid = None if mask is None else spread_mask(mask, x)
-        with torch.autocast(x.device.type, enabled=False):  # it would round the covariance
+        with _no_autocast(x):
             wide = wide_dtype(x)
             rows = self._rows(x.to(wide))
-            kept = None if valid is None else self._rows(valid)
             if by_batch:
-                centered, cov, seen = _covariance(rows, kept)
+                kept = None if valid is None else self._rows(valid)
+                near, rest, cov, seen = _covariance(rows, kept)
             else:
                 mean, held = self._statistics()
-                cov, seen = held.to(torch.float64), None
-                centered = rows - mean.to(wide).reshape(*held.shape[:2], 1)
-            root = self._inverse_root(cov)
-            y = root.to(wide) @ centered
-            y = y.reshape(x.shape[1], x.shape[0], *x.shape[2:]).transpose(0, 1)
+                near = rows - mean.to(wide).reshape(*held.shape[:2], 1)
+                rest, cov, seen = None, held.to(torch.float64), None
+            # γ and β in the product: a pass over the small matrix in place of one over the data
+            root = self._inverse_root(cov).to(wide)
+            column = (*root.shape[:2], 1)
             if self.weight is not None:
-                y = y * over(self.weight.to(wide), x)
+                root = root * self.weight.to(wide).reshape(column)
+            shift = near.new_zeros(column) if rest is None else -(root @ rest)
             if self.bias is not None:
-                y = y + over(self.bias.to(wide), x)
+                shift = shift + self.bias.to(wide).reshape(column)
+            y = torch.baddbmm(shift, root, near)
+            y = y.reshape(x.shape[1], x.shape[0], *x.shape[2:]).transpose(0, 1)
         if valid is not None:
             y = torch.where(valid, y, 0.0)
         if seen is not None:
-            self._propose(seen)
+            self._offer(x, seen)
         return in_format_of(x, y.to(x.dtype))
 
     def _rows(self, x: Tensor) -> Tensor:
@@ -168,11 +172,19 @@ class Whitening(Method):
         return f"{super().extra_repr()}, group_size={self.group_size}"
 
 
-def _covariance(rows: Tensor, kept: Tensor | None) -> tuple[Tensor, Tensor, CrossMoments]:
-    """Centered rows (G, d, M), their covariance in float64 with gradients, and both as moments.
+def _no_autocast(x: Tensor) -> AbstractContextManager[Any]:
+    """Autocast would take the products, and so the covariance, in half precision."""
+    if not torch.amp.is_autocast_available(x.device.type):
+        return nullcontext()
+    return torch.autocast(x.device.type, enabled=False)
 
-    ``kept`` marks the valid values. The mean is taken twice, the second time of the deviations
-    from the first, which keeps the digits of data far from zero.
+
+def _covariance(rows: Tensor, kept: Tensor | None) -> tuple[Tensor, Tensor, Tensor, CrossMoments]:
+    """Rows (G, d, M) moved near 0, their remaining mean (G, d, 1), their covariance, the moments.
+
+    ``kept`` marks the valid values; the others become 0. Moved by a mean that need not be exact
+    and takes no part in gradients, rows keep the digits of data far from zero; what is left of the
+    mean is small and is taken care of exactly.
     """
     if kept is None:
         n = torch.full((), rows.shape[-1], dtype=torch.float64, device=rows.device)
@@ -180,19 +192,14 @@ def _covariance(rows: Tensor, kept: Tensor | None) -> tuple[Tensor, Tensor, Cros
         rows = torch.where(kept, rows, 0.0)
         n = kept.sum(dtype=torch.float64)
     divisor = n.clamp(min=1).to(rows.dtype)
-
-    def center(values: Tensor, by: Tensor) -> Tensor:
-        moved = values - by
-        return moved if kept is None else torch.where(kept, moved, 0.0)
-
     first = rows.detach().sum(-1, keepdim=True) / divisor
-    near = center(rows, first)
+    near = rows - first
+    if kept is not None:
+        near = torch.where(kept, near, 0.0)
     rest = near.sum(-1, keepdim=True) / divisor
-    centered = center(near, rest)
-    # divided before the product: a sum of squares overflows long before its mean
-    cov = (centered @ (centered / divisor).mT).to(torch.float64)
+    cov = ((near @ near.mT) / divisor - rest @ rest.mT).to(torch.float64)
     mean = (first.to(torch.float64) + rest.detach().to(torch.float64)).reshape(-1)
-    return centered, cov, CrossMoments(n, mean, cov.detach() * n)
+    return near, rest, cov, CrossMoments(n, mean, cov.detach() * n)
 
 
 def inverse_root(matrix: Tensor, least: float) -> Tensor:
@@ -223,19 +230,12 @@ class _InverseRoot(torch.autograd.Function):
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
         ctx.save_for_backward(output)
-        ctx.save_for_forward(output)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> Any:
         (root,) = ctx.saved_tensors
         square = root @ root
         return -(square @ _lyapunov(root, _symmetric(grads[0])) @ square), None
-
-    @staticmethod
-    def jvp(ctx: Any, *tangents: Any) -> Any:
-        (root,) = ctx.saved_tensors
-        square = root @ root
-        return -_lyapunov(root, square @ _symmetric(tangents[0]) @ square)
 
 
 class _Lyapunov(torch.autograd.Function):
@@ -252,19 +252,12 @@ class _Lyapunov(torch.autograd.Function):
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
         ctx.save_for_backward(inputs[0], output)
-        ctx.save_for_forward(inputs[0], output)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> Any:
         root, solution = ctx.saved_tensors
         adjoint = _lyapunov(root, grads[0])
         return -(adjoint @ solution.mT + solution.mT @ adjoint), adjoint
-
-    @staticmethod
-    def jvp(ctx: Any, *tangents: Any) -> Any:
-        root, solution = ctx.saved_tensors
-        droot, dright = tangents
-        return _lyapunov(root, dright - droot @ solution - solution @ droot)
 
 
 def _lyapunov(root: Tensor, right: Tensor) -> Tensor:

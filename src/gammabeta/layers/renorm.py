@@ -70,9 +70,9 @@ class _Renorm(Method):
             if not callable(getattr(self, name)):
                 self._limit(name, least, None)
 
-    def _normalize(self, x: Tensor, mask: Tensor | None) -> Tensor:
-        if self._given(x, mask) is not None:
-            return super()._normalize(x, mask)
+    def _normalize(self, x: Tensor, mask: Tensor | None, given: Moments | None) -> Tensor:
+        if given is not None:
+            return super()._normalize(x, mask, given)
         call: dict[str, Any] = {"eps": self._eps, "mask": mask, "group": self._group}
         call["backend"] = self.backend
         with torch.no_grad():
@@ -85,7 +85,7 @@ class _Renorm(Method):
         if self.bias is not None:
             bias = bias + self.bias
         y, _ = batch_norm(x, weight, bias, **call)
-        self._propose(seen)
+        self._offer(x, seen)
         return y
 
     @torch.no_grad()
@@ -117,7 +117,7 @@ class _Renorm(Method):
         now = _Past(mean, var, self.num_batches_tracked)
         if _torch.in_backward():
             return self._past or now
-        plain = type(mean) is Tensor and not (self._rebind or self._blocked)
+        plain = type(mean) is Tensor and self._commits() and not self._rebind
         if plain and not torch.compiler.is_compiling() and not _torch.transform_active():
             step = None if now.step is None else now.step.clone()
             self._past = _Past(mean.detach().clone(), var.detach().clone(), step)
@@ -206,8 +206,9 @@ class BatchRenorm1d(_Renorm):
 
     Under activation checkpointing a recomputed batch meets the statistics that its first forward
     met, if that was the layer's last one before the backward pass; put several forwards before one
-    backward pass inside :func:`gammabeta.accumulate`. Under ``torch.compile`` the compiler keeps
-    them. Synchronized over processes the layer needs two collectives forward.
+    backward pass inside :func:`gammabeta.accumulate`. A checkpoint inside ``torch.compile``
+    recomputes with the statistics after the update: keep the layer out of it. Synchronized over
+    processes the layer needs two collectives forward.
     """
 
     _dimensions = (2, 3)
