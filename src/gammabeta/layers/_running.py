@@ -198,10 +198,8 @@ class RunningMoments(_NormBase):
                 return
         else:
             self._check_batched(old, new)
-            keep = torch.linalg.vector_norm(torch.cat(new), torch.inf) < torch.inf
-            new = [torch.where(keep, v, held) for held, v in zip(old, new, strict=True)]
-            self._count_skip(~keep)
-            fine = keep
+            fine = torch.linalg.vector_norm(torch.cat(new), torch.inf) < torch.inf
+            self._count_skip(~fine)
         if tracked is not None:
             tracked = self._track(tracked, fine)
         weight: float | Tensor = 1.0
@@ -210,11 +208,11 @@ class RunningMoments(_NormBase):
         elif tracked is not None:
             weight = 1.0 / tracked.clamp(min=1).to(old[0].dtype)
         for name, held, value in zip(pairs, old, new, strict=True):
-            if fine is True:
+            if isinstance(fine, bool):
                 held.lerp_(value, weight)
                 continue
             # vmap has no rule for lerp
-            updated = held * (1 - weight) + value * weight
+            updated = torch.where(fine, held * (1 - weight) + value * weight, held)
             if self._rebind:
                 self._buffers[name] = updated
             else:
