@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 import gammabeta as gb
 
@@ -203,3 +203,37 @@ def run(
     )
     grads = torch.autograd.grad(y, list(operands.values()), arguments.dy.to(y.dtype))
     return y.detach(), {f"d{k}": g for k, g in zip(operands, grads, strict=True)}, moments
+
+
+class Layer(NamedTuple):
+    """A layer of 6 channels for (N, 6) in float64, and the laws that it obeys in training."""
+
+    make: Callable[[], nn.Module]
+    obeys: frozenset[str]
+
+
+_STATISTICS = {"scale", "channel scale", "shift", "channel shift", "weight scale", "unit weights"}
+_WHOLE = {"scale", "shift", "channel shift", "weight scale"}
+_OWN = {"scale", "shift", "weight scale", "sample independence", "same in eval"}
+_TINY: dict[str, Any] = {"eps": 1e-12, "dtype": torch.float64}
+_FREE = {"r_max": float("inf"), "d_max": float("inf")}
+
+
+def _layer(make: Callable[..., nn.Module], *args: Any, obeys: set[str], **options: Any) -> Layer:
+    return Layer(lambda: make(*args, **options, **_TINY), frozenset(obeys))
+
+
+# name -> the layer and its laws, which test_methods_laws.py tests where they hold and where not
+LAYERS = {
+    "BatchNorm": _layer(gb.BatchNorm1d, 6, obeys=_STATISTICS),
+    "BatchRenorm": _layer(gb.BatchRenorm1d, 6, r_max=1.5, d_max=0.5, obeys=set()),
+    "BatchRenorm at 1 and 0": _layer(gb.BatchRenorm1d, 6, r_max=1, d_max=0, obeys=_STATISTICS),
+    "BatchRenorm without limits": _layer(
+        gb.BatchRenorm1d, 6, **_FREE, obeys={"sample independence", "same in eval"}
+    ),
+    "GhostBatchNorm": _layer(gb.GhostBatchNorm1d, 6, virtual_batch_size=5, obeys=_STATISTICS),
+    "DecorrelatedBatchNorm": _layer(gb.DecorrelatedBatchNorm1d, 6, group_size=3, obeys=_WHOLE),
+    "IterNorm": _layer(gb.IterNorm1d, 6, group_size=3, obeys=_WHOLE),
+    "LayerNorm": _layer(nn.LayerNorm, 6, obeys=_OWN),
+    "GroupNorm": _layer(nn.GroupNorm, 2, 6, obeys=_OWN),
+}
