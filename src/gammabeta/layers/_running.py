@@ -171,7 +171,9 @@ class RunningMoments(_NormBase):
         would make a device wait, or hide it from a tracer, the choice is made by tensor values.
         """
         biased = self.stored_variance == "biased"
+        whole = None
         if isinstance(seen, Batch):
+            whole = seen.both
             batch_mean, batch_var = seen.both.unbind()
             if biased:
                 batch_var = batch_var * ((seen.values - 1) / seen.values)
@@ -181,17 +183,21 @@ class RunningMoments(_NormBase):
             if biased:
                 batch_var = batch_var * ((seen.n - 1) / seen.n)
         mean, var = self._held() or (batch_mean, batch_var)
-        self._enter(running_mean=(mean, batch_mean), running_var=(var, batch_var))
+        self._enter(whole, running_mean=(mean, batch_mean), running_var=(var, batch_var))
 
-    def _enter(self, **pairs: tuple[Tensor, Tensor]) -> None:
-        """running ← (1 − momentum)·running + momentum·new for each buffer, all or none."""
+    def _enter(self, whole: Tensor | None = None, **pairs: tuple[Tensor, Tensor]) -> None:
+        """running ← (1 − momentum)·running + momentum·new for each buffer, all or none.
+
+        ``whole`` holds all new values at once, where they come from one tensor.
+        """
         old = [held for held, _ in pairs.values()]
         new = [value.to(held.dtype) for held, value in pairs.values()]
         tracked = self.num_batches_tracked
         fine: bool | Tensor
         if not self._rebind and _torch.host_readable(new[0]):
             # the largest magnitude is NaN or infinite if any value is
-            fine = all(math.isfinite(torch.linalg.vector_norm(v, torch.inf)) for v in new)
+            looked = new if whole is None or whole.dtype != old[0].dtype else [whole]
+            fine = all(math.isfinite(torch.linalg.vector_norm(v, torch.inf)) for v in looked)
             if not fine:
                 self._count_skip(1)
                 self._warn()
@@ -220,7 +226,7 @@ class RunningMoments(_NormBase):
 
     def _track(self, tracked: Tensor, count: int | bool | Tensor) -> Tensor:
         if not self._rebind:
-            return tracked.add_(count)
+            return tracked.add_(1 if count is True else count)
         self._buffers["num_batches_tracked"] = tracked + count
         return tracked + count
 
