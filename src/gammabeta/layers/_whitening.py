@@ -235,7 +235,7 @@ class _InverseRoot(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> Any:
         (root,) = ctx.saved_tensors
         square = root @ root
-        return -(square @ _lyapunov(root, _symmetric(grads[0])) @ square), None
+        return -(square @ _lyapunov(root, grads[0]) @ square), None
 
 
 class _Lyapunov(torch.autograd.Function):
@@ -263,10 +263,6 @@ class _Lyapunov(torch.autograd.Function):
 def _lyapunov(root: Tensor, right: Tensor) -> Tensor:
     apply: Callable[..., Tensor] = _Lyapunov.apply
     return apply(root, right)
-
-
-def _symmetric(matrix: Tensor) -> Tensor:
-    return (matrix + matrix.mT) / 2
 
 
 def _eigen(matrix: Tensor) -> tuple[Tensor, Tensor]:

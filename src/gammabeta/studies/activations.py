@@ -110,7 +110,7 @@ class Plan(NamedTuple):
 
 PLANS = {
     "tiny": Plan(30, 30, 4, 4, 2, 2, (0.1, 1.0), 1000, False),
-    "small": Plan(1000, 1000, 11, 11, 5, 5, RATES, 10000, True),
+    "small": Plan(1000, 1000, 9, 9, 5, 5, RATES, 10000, True),
     "full": Plan(2000, 40000, 20, 40, 5, 3, RATES, 10000, True),
 }
 
