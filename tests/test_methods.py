@@ -385,6 +385,27 @@ def test_a_batch_smaller_than_its_group_has_eps_in_the_directions_it_leaves_out(
             assert_near(got, expected, 1e-9)
 
 
+def test_rounding_leaves_no_eigenvalue_below_eps():
+    line = 1e3 * torch.randn(64, 1) * torch.linspace(1, 2, 6)  # Σ has rank 1
+    for make in (gb.DecorrelatedBatchNorm1d, gb.IterNorm1d):
+        layer = make(6).train()
+        x = line.clone().requires_grad_()
+        y = layer(x)
+        (dx,) = torch.autograd.grad(y, x, torch.randn(64, 6))
+        assert y.isfinite().all()
+        assert dx.isfinite().all()
+        assert y.abs().max() < 20
+
+
+def test_a_covariance_that_overflows_is_not_passed_off_as_another():
+    x = 1e25 * data((8, 6), dtype=torch.float32)
+    for make in (gb.DecorrelatedBatchNorm1d, gb.IterNorm1d):
+        layer = make(6)
+        with pytest.warns(gb.StatisticsWarning):
+            assert layer(x).isnan().all()
+        assert torch.equal(layer.running_cov[0], torch.eye(6))
+
+
 def test_whitening_keeps_its_digits_far_from_zero():
     x = (data((512, 6)) * 0.1).float() + 300
     for make in (gb.DecorrelatedBatchNorm1d, gb.IterNorm1d):
