@@ -13,7 +13,7 @@ study-all: .venv/study.stamp      ## every experiment at budget small
 	@$(BIN)/gammabeta study run --out runs/all
 
 test: .venv/dev.stamp             ## all tests
-	@$(BIN)/python -m pytest -q -n 2
+	@$(BIN)/python -m pytest -q -n 2 --dist loadfile
 
 check: .venv/dev.stamp            ## lint, format, types
 	@$(BIN)/ruff check .

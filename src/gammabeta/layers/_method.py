@@ -13,12 +13,12 @@ from gammabeta.moments import Moments
 from gammabeta.ops import _torch, batch_norm
 
 
-class Method(RunningMoments, _BatchNorm):
-    """A layer with γ, β and running statistics that is not batch normalization itself.
+class Concealed(RunningMoments, _BatchNorm):
+    """A layer with γ, β and running statistics that is more than plain batch normalization.
 
     It is found by tools that look for ``_BatchNorm`` to freeze it or to refresh its statistics.
     It has no attribute ``eps``: a tool that turns layers into ``SyncBatchNorm`` reads it, and
-    would put plain batch normalization in place of the method without a word.
+    would put plain batch normalization in its place without a word.
     """
 
     def __init__(
@@ -50,6 +50,10 @@ class Method(RunningMoments, _BatchNorm):
             )
         return super().__getattr__(name)
 
+
+class Method(Concealed):
+    """A method beside batch normalization: it overrides ``_normalize`` for a batch."""
+
     def forward(self, input: Tensor, mask: Tensor | None = None) -> Tensor:
         if is_traced(input):
             return cast(Tensor, traced_call(self, input, mask=mask))
@@ -59,13 +63,6 @@ class Method(RunningMoments, _BatchNorm):
         """By the ``given`` running statistics; a method overrides it for those of a batch."""
         call: dict[str, Any] = {"eps": self._eps, "mask": mask, "backend": self.backend}
         return batch_norm(x, self.weight, self.bias, moments=given, **call)[0]
-
-    def _offer(self, x: Tensor, seen: Any) -> None:
-        """Propose the statistics ``seen`` in ``x``, if there are any."""
-        if x.numel() == 0 and self._group is None:
-            self._count_empty()
-        else:
-            self._propose(seen)
 
     def _refuse_group(self) -> None:
         """For a method whose statistics are those of this process's samples by definition."""

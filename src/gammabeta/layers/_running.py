@@ -17,8 +17,6 @@ from gammabeta.ops import _torch, check_backend, run
 from gammabeta.ops._activations import Act
 from gammabeta.ops._native import Batch
 
-_BUFFERS = ("running_mean", "running_var")
-
 
 class StatisticsWarning(UserWarning):
     """Running statistics are not what they seem; each layer warns once.
@@ -52,6 +50,7 @@ class RunningMoments(_NormBase):
     num_batches_tracked: Tensor | None
 
     _dimensions: tuple[int, ...] = ()
+    _buffer_names: tuple[str, ...] = ("running_mean", "running_var")
     # Set by the functions of gammabeta.models; here as defaults, so that a layer that was made
     # by PyTorch's code and only changed its class has them too.
     _label: str = ""  # qualified name in the model, for messages
@@ -99,10 +98,7 @@ class RunningMoments(_NormBase):
         operands = (self.weight, self.bias, given, self._epsilon(), act, residual, mask, group)
         y, seen = run(x, *operands, self.backend)
         if given is None:
-            if x.numel() == 0 and self._group is None:
-                self._count_empty()
-            else:
-                self._propose(seen)
+            self._offer(x, seen)
         return y
 
     def _given(self, x: Tensor, mask: Tensor | None) -> Moments | None:
@@ -137,6 +133,13 @@ class RunningMoments(_NormBase):
         return None if mean is None or var is None else (mean, var)
 
     # -- running statistics -------------------------------------------------------------
+
+    def _offer(self, x: Tensor, seen: Any) -> None:
+        """Propose the statistics ``seen`` in ``x``, if there are any."""
+        if x.numel() == 0 and self._group is None:
+            self._count_empty()
+        else:
+            self._propose(seen)
 
     def _propose(self, seen: Any) -> None:
         """Offer the statistics of a forward pass: they are committed now, later or never.
@@ -204,7 +207,8 @@ class RunningMoments(_NormBase):
                 return
         else:
             self._check_batched(old, new)
-            fine = torch.linalg.vector_norm(torch.cat(new), torch.inf) < torch.inf
+            flat = torch.cat([value.flatten() for value in new])
+            fine = torch.linalg.vector_norm(flat, torch.inf) < torch.inf
             self._count_skip(~fine)
         if tracked is not None:
             tracked = self._track(tracked, fine)
@@ -277,7 +281,7 @@ class RunningMoments(_NormBase):
             )
 
     def _check_channels(self, x: Tensor) -> None:
-        for name in (*_BUFFERS, "weight", "bias"):
+        for name in ("running_mean", "running_var", "weight", "bias"):
             owned = getattr(self, name)
             if owned is not None and owned.shape[0] != x.shape[1]:
                 raise RuntimeError(
@@ -290,13 +294,13 @@ class RunningMoments(_NormBase):
     # -- dtypes of the buffers ----------------------------------------------------------
 
     def _widen_buffers(self) -> None:
-        for name in _BUFFERS:
+        for name in self._buffer_names:
             held = self._buffers.get(name)
             if held is not None and _is_low(held):
                 self._buffers[name] = held.to(torch.float32)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> RunningMoments:
-        before = {name: self._buffers.get(name) for name in _BUFFERS}
+        before = {name: self._buffers.get(name) for name in self._buffer_names}
         # torch leaves this method without types
         apply: Callable[..., object] = super()._apply
         apply(fn, recurse)

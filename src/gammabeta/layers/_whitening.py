@@ -10,7 +10,6 @@ import torch
 from torch import Tensor
 
 from gammabeta.layers._method import Method, in_format_of, wide_dtype
-from gammabeta.layers._running import _is_low
 from gammabeta.moments import Moments, spread_mask
 
 
@@ -41,6 +40,7 @@ class Whitening(Method):
     """
 
     running_cov: Tensor | None
+    _buffer_names = ("running_mean", "running_cov")
 
     def __init__(self, num_features: int, eps: float, group_size: int, *rest: Any) -> None:
         kind = type(self).__name__
@@ -147,26 +147,8 @@ class Whitening(Method):
     def _commit(self, seen: Any) -> None:
         mean, cov = self._statistics()
         count = seen.n if self.stored_variance == "biased" else (seen.n - 1).clamp(min=0)
-        new = (seen.m2 / count).reshape(-1)
-        # as a row of numbers, beside the mean: finite or not is asked of both at once
-        self._enter(running_mean=(mean, seen.mean), running_cov=(cov.view(-1), new))
-        if self._rebind:
-            self._buffers["running_cov"] = self._statistics()[1].reshape(cov.shape)
-
-    def _widen_buffers(self) -> None:
-        super()._widen_buffers()
-        cov = self._buffers.get("running_cov")
-        if cov is not None and _is_low(cov):
-            self._buffers["running_cov"] = cov.to(torch.float32)
-
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Whitening:
-        old = self._buffers.get("running_cov")
-        super()._apply(fn, recurse)
-        new = self._buffers.get("running_cov")
-        if old is not None and new is not None and _is_low(new):
-            # from the old values: a round trip through half precision would round them
-            self._buffers["running_cov"] = old.to(new.device, torch.float32)
-        return self
+        new = (seen.m2 / count).reshape(cov.shape)
+        self._enter(running_mean=(mean, seen.mean), running_cov=(cov, new))
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, group_size={self.group_size}"

@@ -8,6 +8,7 @@ from typing import Any, cast
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm, _LazyNormBase
 
+from gammabeta.layers._method import Concealed
 from gammabeta.layers._running import RunningMoments, is_traced, traced_call
 from gammabeta.ops import _activations
 from gammabeta.ops._activations import Act
@@ -189,12 +190,8 @@ class LazyBatchNorm3d(_Lazy, nn.LazyBatchNorm3d, BatchNorm3d):
     cls_to_become = BatchNorm3d
 
 
-class _Fused(RunningMoments, _BatchNorm):
-    """y = act(BN(x) + residual): not a ``torch.nn.BatchNorm2d``, which it does not compute.
-
-    It has no attribute ``eps``: tools that fold a normalization into a convolution or turn it
-    into a ``SyncBatchNorm`` read it, and would silently drop the activation.
-    """
+class _Fused(Concealed):
+    """y = act(BN(x) + residual): not a ``torch.nn.BatchNorm2d``, which it does not compute."""
 
     def __init__(
         self,
@@ -213,21 +210,9 @@ class _Fused(RunningMoments, _BatchNorm):
         on_single: str = "error",
     ) -> None:
         _activations.parse(act)
-        super().__init__(
-            num_features, eps, momentum, affine, track_running_stats, device, dtype, bias=bias
-        )
+        rest = (momentum, affine, track_running_stats, device, dtype, bias)
+        super().__init__(num_features, eps, *rest, backend, stored_variance, on_single)
         self.act = act
-        self._eps = float(self.__dict__.pop("eps"))
-        self._configure(backend, stored_variance, on_single)
-
-    def __getattr__(self, name: str) -> Any:
-        if name == "eps":
-            raise AttributeError(
-                f"{type(self).__name__} hides `eps` from tools that fold or convert a plain "
-                f"batch normalization: they would drop its activation {self.act!r} and residual. "
-                "Use a plain BatchNorm layer followed by the activation where such a tool runs."
-            )
-        return super().__getattr__(name)
 
     def forward(
         self, input: Tensor, residual: Tensor | None = None, mask: Tensor | None = None
