@@ -139,13 +139,12 @@ def verdicts(found: Sequence[Found], surprises: Sequence[str], known: Mapping[st
         console.print(Padding(Text(verdict["sentence"]), (0, 0, 0, 2)))
     if many:
         console.print("\n`gammabeta study show CLAIM` tells each answer in full.")
-    if surprises:
-        console.print()
-        console.print("What surprised", style="bold")
-        for text in surprises:
-            for verdict in told:  # the answer itself stands above
-                text = text.removesuffix(verdict["sentence"]).rstrip()
-            console.print(Padding(Text(text), (0, 0, 0, 2)))
+    console.print()
+    console.print("What surprised", style="bold")
+    for text in surprises or ["Nothing: every effect points the way that its claim says."]:
+        for verdict in told:  # the answer itself stands above
+            text = text.removesuffix(verdict["sentence"]).rstrip()
+        console.print(Padding(Text(text), (0, 0, 0, 2)))
 
 
 def _verdict_table(

@@ -136,7 +136,8 @@ def surprises(verdicts: "Sequence[Verdict]") -> list[str]:
     """Up to three sentences about what a reader would not have expected, the strongest first.
 
     An effect whose interval lies on the other side of zero; a verdict that turns when the
-    comparison is made fair; a claim that is refuted. One sentence for each claim.
+    comparison is made fair; a claim that is refuted; an effect on the other side of zero whose
+    interval includes it. One sentence for each claim.
     """
     found: list[tuple[int, str]] = []
     for verdict in verdicts:
@@ -148,6 +149,9 @@ def surprises(verdicts: "Sequence[Verdict]") -> list[str]:
             found.append((1, f"{verdict.claim}: {turn}. {sentence}"))
         elif verdict.status in ("refuted", "fails"):
             found.append((2, f"{verdict.claim}: {verdict.status}. {sentence}"))
+        elif verdict.effect is not None and verdict.effect < 0:
+            weak = "the effect points the other way, though its interval includes zero"
+            found.append((3, f"{verdict.claim}: {weak}. {sentence}"))
     found.sort(key=lambda item: item[0])
     return [sentence for _, sentence in found[:_MOST_SURPRISES]]
 
