@@ -26,6 +26,7 @@ import pytest
 from rich.color import Color
 
 from gammabeta import _runs, _terminal, cli
+from gammabeta.cli import _study
 from gammabeta.studies import _claims, _data, activations
 
 LAST = _data.HOW_TO_GET_MNIST
@@ -365,7 +366,7 @@ def test_what_is_not_to_be_had_is_null(here, run):
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
 def test_json_has_no_nan(bad):
-    shown = cli._public(dict.fromkeys(SHOWN) | {"effect": bad, "ci": (-bad, 1.0), "n": 1})
+    shown = _study.public(dict.fromkeys(SHOWN) | {"effect": bad, "ci": (-bad, 1.0), "n": 1})
     assert (shown["effect"], shown["ci"], shown["n"]) == (None, None, 1)
 
 

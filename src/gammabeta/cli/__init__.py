@@ -1,0 +1,195 @@
+"""The command line: parses, calls, prints. Results go to stdout, progress and errors to stderr.
+
+Exit codes: 0 fine, 1 something that was run failed, 2 the command or its input cannot be used,
+130 interrupted.
+"""
+
+from __future__ import annotations
+
+import os
+import shlex
+import shutil
+import sys
+from contextlib import suppress
+from pathlib import Path
+from typing import Annotated
+
+from cyclopts import App, CycloptsError, Parameter, UnusedCliTokensError
+
+from gammabeta import __version__
+from gammabeta.cli._parts import (
+    FAILED,
+    FINE,
+    INTERRUPTED,
+    USAGE,
+    Json,
+    Runs,
+    Unusable,
+    complain,
+    dump,
+    examples,
+    run_folders,
+    usable,
+)
+from gammabeta.cli._study import study
+
+__all__ = ["app", "main"]
+
+app = App(
+    name="gammabeta",
+    help="Batch normalization: drop-in layers, instruments, and evidence.",
+    version=__version__,
+    help_format="plaintext",
+    help_epilogue=examples(
+        "study run headline    # decide the headline claims, write a page",
+        "study list            # all claims",
+        "study show act-all    # one claim in full",
+        "report runs/a runs/b -o c.html",
+    ),
+    default_parameter=Parameter(negative=""),
+    suppress_keyboard_interrupt=False,
+)
+data = App(
+    name="data",
+    help="The images that the experiments train on.",
+    help_epilogue=examples("data path", "data fetch", "data verify"),
+)
+app.command(study)
+app.command(data)
+app.register_install_completion_command(
+    help="Complete words of this command by TAB in your shell.",
+    help_epilogue=examples("--install-completion", "--install-completion --shell bash"),
+)
+
+DataDir = Annotated[Path | None, Parameter(help="A folder that holds mnist/.")]
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Run the command line and leave with its exit code."""
+    given = sys.argv[1:] if arguments is None else arguments
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="backslashreplace")  # a minus sign must not end a run
+    try:
+        code = app(given, exit_on_error=False, print_error=False, result_action="return_value")
+        if sys.stdout is not None:
+            sys.stdout.flush()
+    except CycloptsError as error:
+        code = complain(_misuse(error), USAGE)
+    except Unusable as error:
+        code = complain(str(error), USAGE)
+    except KeyboardInterrupt:
+        code = complain(_interrupted(given), INTERRUPTED)
+        # An interrupt that came within some exec() (imports do it) makes CPython end by the signal
+        # even now that it is handled; the next exec() makes it forget.
+        exec("")
+    except OSError as error:
+        # Also the reader of our output has left (`| head`): nothing to say, nobody to say it to.
+        gone = isinstance(error, BrokenPipeError)
+        code = FINE if gone else complain(f"The output cannot be written: {error}.", FAILED)
+        _drop_output()
+    sys.exit(code or FINE)
+
+
+def _drop_output() -> None:
+    """What is still in the buffer goes nowhere, so that Python's own flush does not complain."""
+    with suppress(OSError, ValueError):
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+def _misuse(error: CycloptsError) -> str:
+    command = " ".join(("gammabeta", *(error.command_chain or ())))
+    text = str(error)
+    if isinstance(error, UnusedCliTokensError):
+        text = f"`{command}` takes no {' '.join(map(repr, error.unused_tokens or ()))}."
+    return f"{text} `{command} --help` shows what there is."
+
+
+def _interrupted(given: list[str]) -> str:
+    if given[:2] != ["study", "run"]:
+        return "Interrupted."
+    typed = sys.argv[0]
+    found = shutil.which("gammabeta")
+    if Path(typed).name == "__main__.py":
+        program = [sys.executable, "-m", "gammabeta"]
+    elif found is not None and Path(found).resolve() == Path(typed).resolve():
+        program = ["gammabeta"]
+    else:
+        program = [typed]
+    return f"Interrupted. What is finished is kept; to go on:\n    {shlex.join([*program, *given])}"
+
+
+@app.command(
+    help_epilogue=examples(
+        "report runs/headline -o report.html",
+        "report runs/mine runs/yours -o both.html    # their rows together",
+    )
+)
+def report(
+    paths: Runs = None, /, *, out: Annotated[Path, Parameter(alias="-o")] = Path("report.html")
+) -> int:
+    """Write run folders as one self-contained HTML page.
+
+    Parameters
+    ----------
+    paths
+        Run folders; the newest one below runs/ unless given.
+    out
+        The HTML file to write.
+    """
+    with usable():
+        from gammabeta.report.page import write
+
+        print(write(run_folders(paths), out))
+    return FINE
+
+
+@data.command(help_epilogue=examples("data fetch", "data fetch --data-dir data"))
+def fetch(*, data_dir: DataDir = None) -> int:
+    """Download what is missing of MNIST, check it, and print its folder."""
+    from gammabeta.studies import _data
+
+    with usable():
+        try:
+            print(_data.fetch(data_dir))
+        except ConnectionError as error:
+            return complain(str(error), FAILED)
+    return FINE
+
+
+@data.command(help_epilogue=examples("data verify", "data verify --data-dir data"))
+def verify(*, data_dir: DataDir = None) -> int:
+    """Check the checksum, sizes and headers of each file of MNIST."""
+    from gammabeta.studies import _data
+
+    with usable():
+        found = _data.verify(data_dir)
+    for check in found:
+        print(f"{'good' if check.ok else 'BAD '}  {check.file.name}: {check.detail}")
+    return FINE if all(check.ok for check in found) else FAILED
+
+
+@data.command(help_epilogue=examples("data path"))
+def path(*, data_dir: DataDir = None) -> int:
+    """Print the folder that MNIST is read from."""
+    from gammabeta.studies import _data
+
+    with usable():
+        place = _data.place(data_dir)
+    if place.folder is None:
+        return complain(f"There is no MNIST yet: {place.why}. {_data.HOW_TO_GET_MNIST}", FAILED)
+    print(place.folder)
+    return FINE
+
+
+@app.command(help_epilogue=examples("env", "env --json"))
+def env(*, json: Json = False) -> int:
+    """Print what an account of a defect needs: versions, processor, threads, backends."""
+    from gammabeta import _terminal
+
+    facts = _terminal.environment()
+    if json:
+        return dump(facts)
+    for name, value in facts.items():
+        print(f"{name:<14} {'–' if value is None else value}")
+    return FINE

@@ -1,0 +1,313 @@
+"""`gammabeta study`: list claims, run experiments, show verdicts, judge rows again."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from cyclopts import App, Group, Parameter, validators
+
+from gammabeta.cli._parts import (
+    FAILED,
+    FINE,
+    Json,
+    Runs,
+    Unusable,
+    complain,
+    dump,
+    examples,
+    newest_run,
+    run_folders,
+    sorted_out,
+    uninterrupted,
+    usable,
+)
+
+study = App(
+    name="study",
+    help="Decide claims about batch normalization by experiment.",
+    help_epilogue=examples("study list", "study run headline", "study show"),
+)
+
+_WHAT = Group("What to run", sort_key=1)
+_HOW = Group("How to run it", sort_key=2)
+_INSTEAD = Group("Instead of a run", sort_key=3)
+# Experiments choose learning rates with the seeds from 800 on: those must decide nothing.
+_SEEDS = validators.Number(gte=1, lte=800)
+Words = Annotated[list[str] | None, Parameter(consume_multiple=True)]
+
+
+@study.command(name="list", help_epilogue=examples("study list", "study list --json"))
+def list_claims(*, json: Json = False) -> int:
+    """List all claims of the registry, also those that have no experiment yet."""
+    from gammabeta.studies import _claims
+
+    if json:
+        return dump(_claims.listing())
+    from gammabeta import _terminal
+
+    _terminal.claims(_claims.claims().values())
+    return FINE
+
+
+@study.command(
+    help_epilogue=examples(
+        "study run                 # the headline claims, into runs/small",
+        "study run act-all --data mnist --seeds 8 -o runs/mine",
+        "study run all --dry-run   # how long would it take?",
+    )
+)
+def run(
+    ids: Words = None,
+    /,
+    *,
+    budget: Annotated[Literal["tiny", "small", "full"], Parameter(group=_WHAT)] = "small",
+    data: Annotated[Literal["auto", "mnist", "digits"], Parameter(group=_WHAT)] = "auto",
+    data_dir: Annotated[Path | None, Parameter(group=_WHAT)] = None,
+    seeds: Annotated[int | None, Parameter(group=_WHAT, validator=_SEEDS)] = None,
+    out: Annotated[Path | None, Parameter(alias="-o", group=_HOW)] = None,
+    jobs: Annotated[
+        int | None, Parameter(alias="-j", group=_HOW, validator=validators.Number(gte=1))
+    ] = None,
+    deadline: Annotated[
+        float | None, Parameter(group=_HOW, validator=validators.Number(gt=0))
+    ] = None,
+    force: Annotated[bool, Parameter(group=_HOW, show_default=False)] = False,
+    dry_run: Annotated[bool, Parameter(group=_INSTEAD, show_default=False)] = False,
+    cell: Annotated[str | None, Parameter(group=_INSTEAD)] = None,
+) -> int:
+    """Run experiments, judge their claims and write the page.
+
+    Finished work is kept: the same command goes on where it was stopped.
+
+    Parameters
+    ----------
+    ids
+        Claims or experiments (`gammabeta study list`); the sets headline (the default) and all.
+    budget
+        tiny: tries the wiring; small: minutes; full: as the source did it.
+    data
+        auto: MNIST where it is to be had, else the bundled digits (a demonstration).
+    data_dir
+        A folder that holds mnist/; GAMMABETA_DATA unless given.
+    seeds
+        Seeds for each arm, at most 800; planned from a pilot unless given.
+    out
+        The run folder; runs/BUDGET unless given.
+    jobs
+        Worker processes; one a core unless given.
+    deadline
+        Seconds after which nothing new is started; 240 for the set headline.
+    force
+        Make finished cells again.
+    dry_run
+        Say what would be run and how long it would take; write nothing.
+    cell
+        Repeat one cell of the run folder alone; its name has 16 digits.
+    """
+    out = Path("runs") / budget if out is None else out
+    if cell is not None:
+        if ids or dry_run:
+            raise Unusable("--cell repeats one cell and takes neither claims nor --dry-run.")
+        return _repeat(cell, out, data_dir)
+    with usable():
+        wanted = ids or ["headline"]
+        with uninterrupted():
+            from gammabeta import _terminal
+            from gammabeta.studies import _claims, _data, _experiments, _judge, _run
+
+            known = {key: e.CLAIMS for key, e in _experiments.experiments().items()}
+        chosen = _claims.resolve(wanted, known)
+        settings: dict[str, Any] = {
+            "out": out,
+            "budget": budget,
+            "data": data,
+            "data_dir": data_dir,
+            "jobs": jobs,
+            "seeds": seeds,
+            "force": force,
+        }
+        if dry_run:
+            estimate = _run.estimate(chosen, **settings)
+            _terminal.estimate(estimate)
+            if estimate.data == "digits":
+                _terminal.notice(estimate.notice, _data.HOW_TO_GET_MNIST)
+            return FINE
+        if deadline is None and wanted == ["headline"]:
+            deadline = 240.0
+        with _terminal.Progress() as progress:
+            result = _run.run(chosen, deadline_seconds=deadline, progress=progress, **settings)
+        if result.interrupted:
+            raise KeyboardInterrupt
+        _terminal.ended(result)
+        # The page tells of all that the folder holds, the terminal of what was asked for. All is
+        # written before the first line is printed: a reader who leaves early loses nothing.
+        judged = _judge.judge([out], budget=budget, data=result.data)
+        page, trouble = _keep(out, judged)
+        shown = [verdict for verdict in judged.verdicts if verdict.experiment in chosen]
+        _terminal.verdicts(
+            [verdict.to_json() for verdict in shown], _judge.surprises(shown), _claims.claims()
+        )
+        if page is not None:
+            print(f"\nPage: {page}")
+        if result.data == "digits":
+            _terminal.notice(result.notice, _data.HOW_TO_GET_MNIST)
+    if trouble:
+        raise Unusable(trouble)
+    return FAILED if result.failed else FINE
+
+
+def _keep(out: Path, judged: Any) -> tuple[Path | None, str]:
+    """Store verdicts and page in the run folder; the page, and what went wrong."""
+    from gammabeta.studies import _judge
+
+    try:
+        _judge.write_derived(out, judged)
+        from gammabeta.report.page import write
+
+        return write([out], out / "report.html"), ""
+    except ImportError as error:
+        complain(f"No page was written. {error}")
+        return None, ""  # the verdicts stand without it
+    except OSError as error:
+        return None, f"The rows are kept, but not all that is made from them. {error}"
+
+
+def _repeat(cell: str, out: Path, data_dir: Path | None) -> int:
+    with usable():
+        from gammabeta._runs import RunError
+        from gammabeta.studies import _data, _run
+
+        if data_dir is not None:
+            _data.place(data_dir)
+    try:
+        stored = _run.run_one(cell, out, data_dir=data_dir)
+    except RunError as error:
+        raise Unusable(str(error)) from error
+    except Exception:
+        import traceback  # the one that is asked for
+
+        traceback.print_exc()
+        return complain(f"The cell {cell} failed again; the run folder is as it was.", FAILED)
+    print(f"{stored.path}: {len(stored.rows)} rows. `gammabeta study judge {out}` judges them.")
+    return FINE
+
+
+@study.command(
+    help_epilogue=examples(
+        "study show                # the newest run below runs/",
+        "study show runs/headline --json",
+        "study show act-all        # one claim: source, rule, answer, notes",
+    )
+)
+def show(what: Words = None, /, *, json: Json = False) -> int:
+    """Show the verdicts of run folders, or all about some claims.
+
+    Parameters
+    ----------
+    what
+        Run folders (the newest one below runs/ unless given), claims or experiments.
+    """
+    from gammabeta import _terminal
+
+    with usable():
+        paths, asked = sorted_out(what or [])
+        if asked and not paths and newest_run() is None:
+            judged = None
+        else:
+            judged = _judged(run_folders(paths), {})
+    ids = {claim.id for claim in asked}
+    found = judged.verdicts if judged else []
+    if json:
+        return dump([public(v.to_json()) for v in found if not ids or v.claim in ids])
+    for number, claim in enumerate(asked):
+        if number:
+            print()
+        verdict = next((v.to_json() for v in found if v.claim == claim.id), None)
+        _terminal.card(claim, verdict)
+    if judged and not asked:
+        _print(judged)
+    return FINE
+
+
+@study.command(
+    help_epilogue=examples(
+        "study judge runs/headline", "study judge runs/headline --set act-all.delta=0.5"
+    )
+)
+def judge(
+    paths: Runs = None,
+    /,
+    *,
+    json: Json = False,
+    rules: Annotated[list[str] | None, Parameter(name="--set")] = None,
+) -> int:
+    """Judge the stored rows again, without training; the verdicts are kept in the run folder.
+
+    Parameters
+    ----------
+    paths
+        Run folders; the newest one below runs/ unless given. Of several nothing is kept.
+    rules
+        CLAIM.THRESHOLD=VALUE: judge by another rule. The run folder stays as it is.
+    """
+    from gammabeta import _terminal
+    from gammabeta.studies import _claims
+
+    with usable():
+        changed = _claims.rules(rules or [])
+        found = run_folders(paths)
+        judged = _judged(found, changed)
+    if not json and changed:
+        _terminal.other_rules(changed, _claims.claims())
+    if json:
+        dump([public(verdict.to_json()) for verdict in judged.verdicts])
+    else:
+        _print(judged)
+    if len(found) == 1 and not changed:
+        from gammabeta.studies import _judge
+
+        try:
+            _judge.write_derived(found[0], judged)
+        except OSError as error:
+            complain(f"The verdicts were not kept, {found[0]} cannot be written: {error}.")
+    return FINE
+
+
+def _judged(paths: list[Path], rules: dict[str, dict[str, float]]) -> Any:
+    from gammabeta.studies import _claims, _judge
+
+    try:
+        with _claims.overruled(rules):
+            return _judge.judge(paths)
+    except RuntimeError as error:
+        if not rules:
+            raise
+        raise Unusable(f"The claims cannot be judged by this rule: {error.__cause__}") from error
+
+
+def _print(judged: Any) -> None:
+    from gammabeta import _terminal
+    from gammabeta.studies import _claims, _data
+
+    verdicts = [verdict.to_json() for verdict in judged.verdicts]
+    _terminal.verdicts(verdicts, judged.surprises, _claims.claims())
+    if judged.notice:
+        _terminal.notice(judged.notice, _data.HOW_TO_GET_MNIST)
+
+
+_SHOWN = (
+    *("claim", "experiment", "status", "published_status", "effect", "ci", "n", "unit"),
+    *("reported", "budget", "data"),
+)
+
+
+def public(verdict: dict[str, Any]) -> dict[str, Any]:
+    """What `--json` tells of a verdict; JSON knows no NaN and no infinity."""
+    shown = {key: verdict[key] for key in _SHOWN}
+    if shown["effect"] is not None and not math.isfinite(shown["effect"]):
+        shown["effect"] = None
+    if shown["ci"] is not None and not all(map(math.isfinite, shown["ci"])):
+        shown["ci"] = None
+    return shown
