@@ -413,7 +413,21 @@ def test_wrong_arguments_are_named(tmp_path, options, words):
     given = {"ids": ["toy"], "data": "digits", "catalogue": TOY, **options}
     with pytest.raises(ValueError, match=words):
         _run.run(out=tmp_path / "run", **given)
-    assert not (tmp_path / "run" / "cells").exists()
+    assert not (tmp_path / "run").exists()
+
+
+def test_images_that_are_not_there_leave_no_run_folder(tmp_path):
+    """A folder with nothing in it but the claims would count as the newest run."""
+    missing = {"data": "mnist", "data_dir": tmp_path / "nowhere"}
+    with pytest.raises(FileNotFoundError, match=r"no folder .*nowhere"):
+        run_toy(tmp_path / "run", **missing)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_an_output_that_is_no_run_folder_is_refused_before_images_are_looked_for(tmp_path):
+    (tmp_path / "file").touch()
+    with pytest.raises(RunError, match="must be a folder, got a file"):
+        run_toy(tmp_path / "file", data="mnist", data_dir=tmp_path / "nowhere")
 
 
 def test_an_output_that_cannot_be_written_is_refused_before_any_work(tmp_path, make):

@@ -122,8 +122,9 @@ def run(
     started = time.monotonic()
     chosen = choose(ids, catalogue)
     jobs = _check(budget, jobs, seeds)
-    _open(out)
+    _present_claims(out)  # before the images, which may have to be downloaded
     images = _data.load(data, data_dir)
+    _open(out)  # after them: without images no folder is left that looks like a run
     deadline = math.inf if deadline_seconds is None else started + deadline_seconds
     where = None if data_dir is None else str(data_dir)
     state = State(out, where, jobs, force, deadline, progress)
@@ -263,15 +264,20 @@ def _check(budget: str, jobs: int | None, seeds: int | None) -> int:
     return jobs
 
 
-def _open(out: Path) -> None:
-    """Make the run folder ready, or say before any work why it cannot be."""
-    from gammabeta.studies import _claims
-
+def _present_claims(out: Path) -> list[dict[str, Any]]:
+    """The claims that the run folder holds, none if it is new; says why it cannot be used."""
     if out.exists() and not out.is_dir():
         raise RunError(f"{out}: the output must be a folder, got a file. Choose another one.")
+    return _runs.read_claims(out) if (out / "claims.json").exists() else []
+
+
+def _open(out: Path) -> None:
+    """Make the run folder ready, or say before any cell why it cannot be."""
+    from gammabeta.studies import _claims
+
     claims = _claims.public()
     # Read first: a newer format must not be overwritten, and what is there needs no space.
-    present = _runs.read_claims(out) if (out / "claims.json").exists() else []
+    present = _present_claims(out)
     try:
         out.mkdir(parents=True, exist_ok=True)
         if present != claims:
