@@ -1,7 +1,13 @@
 """Settings that all tests share."""
 
+import signal
+
 import pytest
 import torch
+
+# Started in the background of a script, this process ignores Ctrl-C and hands that on to the
+# programs that the tests start and interrupt.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(autouse=True)

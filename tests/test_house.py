@@ -7,7 +7,6 @@ import inspect
 import os
 import subprocess
 import sys
-import time
 import venv
 import zipfile
 from pathlib import Path
@@ -115,12 +114,13 @@ def test_the_layers_import_no_library_but_torch():
 def test_help_answers_in_under_half_a_second():
     times = []
     for _ in range(5):
-        start = time.perf_counter()
+        before = os.times()
         done = run(sys.executable, "-m", "gammabeta", "--help")
-        times.append(time.perf_counter() - start)
+        after = os.times()
+        # processor time: what else runs on the machine is not the program's doing
+        times.append(sum(after[2:4]) - sum(before[2:4]))
         assert done.returncode == 0, done.stderr
         assert "study" in done.stdout
-    # the least of five: what else runs on the machine is not the program's doing
     assert min(times) < 0.5, times
 
 
