@@ -99,6 +99,19 @@ def read_all(run):
     )
 
 
+def lose_rows(run, count):
+    path = cell_of(run) / "rows.jsonl"
+    path.write_bytes(b"".join(path.read_bytes().splitlines(keepends=True)[:-count]))
+
+
+def edit_rows(run):
+    path = cell_of(run) / "rows.jsonl"
+    text = path.read_text()
+    edited = text.replace("0.", "7.", 1)
+    assert edited != text
+    path.write_text(edited)
+
+
 def test_what_was_written_is_read_again(run):
     (cell,), (failed,), claims, verdicts, figures = read_all(run)
     assert cell.spec == SPEC
@@ -287,6 +300,9 @@ HOSTILE = {
     "a pipe in place of rows": (pipe, "regular file"),
     "rows of 60 MB": (big_file, "at most 50 MB, got 60 MB"),
     "a million rows": (rows_with("{}\n" * 1_000_000), "the rows: expected at most 500000"),
+    "rows that lost their last line": (lambda r: lose_rows(r, 1), "SHA-256 of the rows"),
+    "rows that lost all lines": (lambda r: lose_rows(r, len(ROWS)), "at least one"),
+    "rows with another number": (edit_rows, "SHA-256 of the rows"),
     "rows that are absent": (lambda r: (cell_of(r) / "rows.jsonl").unlink(), "no such file"),
     "rows cut off": (rows_with('{"step": 1}\n{"step'), "line 2: expected JSON"),
     "rows of NaN": (rows_with('{"loss": NaN}\n'), "line 1: expected JSON.*NaN is not a finite"),

@@ -126,8 +126,9 @@ def _read_spec(folder: Path) -> dict[str, Any]:
     return spec
 
 
-def _read_rows(path: Path, arm: Mapping[str, Scalar]) -> list[Row]:
-    lines = read_bytes(path, MAX_JSON).split(b"\n")
+def _read_rows(path: Path, spec: dict[str, Any]) -> list[Row]:
+    arm, contents = spec["arm"], read_bytes(path, MAX_JSON)
+    lines = contents.split(b"\n")
     if lines and not lines[-1]:
         lines.pop()
     need(len(lines) <= _MAX_ROWS, path, "the rows", f"at most {_MAX_ROWS}", len(lines))
@@ -136,6 +137,10 @@ def _read_rows(path: Path, arm: Mapping[str, Scalar]) -> list[Row]:
         row = parse(line, path, f"line {number}")
         _check_row(row, arm, path, f"line {number}")
         rows.append(row)
+    # a file that lost lines or was edited reads as well as the one that was stored
+    need(bool(rows), path, "the rows", "at least one", "none")
+    stored, found = spec.pop("rows_sha256", "none"), hashlib.sha256(contents).hexdigest()
+    need(found == stored, path, "the SHA-256 of the rows", f"{stored} as in spec.json", found)
     return rows
 
 
@@ -155,7 +160,7 @@ def read_cells(paths: Sequence[Path], experiment: str | None = None) -> list[Sto
             key = (folder.parent.name, folder.name)
             if key not in found:
                 spec = _read_spec(folder)
-                rows = _read_rows(folder / "rows.jsonl", spec["arm"])
+                rows = _read_rows(folder / "rows.jsonl", spec)
                 found[key] = StoredCell(spec, rows, folder)
     return sorted(found.values(), key=lambda cell: _order(cell.spec))
 
@@ -195,7 +200,8 @@ def write_cell(
     """
     text = rows_text(spec, rows)
     final = Path(run, "cells", spec["experiment"], cell_name(spec))
-    files = {"spec.json": dump(spec), "rows.jsonl": text, "run.log": log}
+    kept = {**spec, "rows_sha256": hashlib.sha256(text.encode()).hexdigest()}
+    files = {"spec.json": dump(kept), "rows.jsonl": text, "run.log": log}
     arrive(final, files, replace)
     forget_failure(run, spec)
     return final

@@ -172,12 +172,22 @@ def _synchronized(
     return y, stats
 
 
-def backends(x: Tensor, **call: Any) -> dict[str, Backend]:
-    """Say which backend ``batch_norm(x, **call)`` takes, why not the others, at what price.
+def backends(
+    x: Tensor,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    *,
+    moments: Moments | None = None,
+    eps: float = 1e-5,
+    act: Act = None,
+    residual: Tensor | None = None,
+    mask: Tensor | None = None,
+    group: Any = None,
+    backend: str = "auto",
+) -> dict[str, Backend]:
+    """Say which backend :func:`batch_norm` takes for a call, why not the others, at what price.
 
-    Args:
-        x: the input, as for :func:`batch_norm`.
-        call: the other arguments of the call, as far as they matter (weight, mask, eps, ...).
+    Args: those of the call, as far as they matter; ``x`` alone asks about the plain case.
 
     Returns:
         name -> ``Backend(name, chosen, why_not, lacks)``: ``why_not`` is the reason why it
@@ -191,9 +201,11 @@ def backends(x: Tensor, **call: Any) -> dict[str, Backend]:
     >>> found["reference"].chosen
     True
     """
-    call = {"stats" if key == "moments" else key: value for key, value in call.items()}
-    wanted = call.pop("backend", "auto")
-    chosen = _choose(wanted, x, **call)
+    _activations.parse(act)
+    _check(x, weight, bias, moments, eps, residual)
+    call = {"weight": weight, "bias": bias, "stats": moments, "eps": eps, "mask": mask}
+    call |= {"residual": residual, "group": group}
+    chosen = _choose(backend, x, **call)
     return {
         name: Backend(name, module is chosen, module.why_not(x, **call), module.LACKS)
         for name, module in _BACKENDS.items()
@@ -236,6 +248,17 @@ def _check(
     eps: float,
     residual: Tensor | None,
 ) -> None:
+    for name, value in (("input", x), ("weight", weight), ("bias", bias), ("residual", residual)):
+        if value is not None and not isinstance(value, Tensor):
+            raise TypeError(
+                f"batch_norm: {name} must be a tensor, got {type(value).__name__}. Convert it with "
+                "torch.as_tensor."
+            )
+    if moments is not None and not isinstance(moments, Moments):
+        raise TypeError(
+            f"batch_norm: moments must be gammabeta.Moments, got {type(moments).__name__}. Wrap a "
+            "mean and a variance as gammabeta.Moments.given(mean, var)."
+        )
     if not x.is_floating_point():
         raise TypeError(f"batch_norm: expected a floating input, got {x.dtype}. Use x.float().")
     if x.dim() < 2:
@@ -253,8 +276,8 @@ def _check(
                 f"batch_norm: {name} should contain {channels} elements, one per channel of the "
                 f"input {tuple(x.shape)}, got shape {tuple(value.shape)}."
             )
-    if not (math.isfinite(eps) and eps >= 0):
-        raise ValueError(f"batch_norm: eps must be finite and ≥ 0, got {eps}. Usual is 1e-5.")
+    if not (isinstance(eps, int | float) and math.isfinite(eps) and eps >= 0):
+        raise ValueError(f"batch_norm: eps must be finite and ≥ 0, got {eps!r}. Usual is 1e-5.")
     if residual is not None and (residual.shape != x.shape or not residual.is_floating_point()):
         raise ValueError(
             f"batch_norm: residual must be floating and have the shape of the input, "

@@ -163,6 +163,9 @@ def write_derived(run: Path, judged: Judged) -> None:
         RunError: an experiment gave a verdict or a figure that lacks a field.
         OSError: the folder cannot be written.
     """
+    # a newer format must not be overwritten: reading it says which version reads it
+    _runs.read_verdicts(run)
+    _runs.read_figures(run)
     head = {"schema": _runs.SCHEMA, "gammabeta": gammabeta.__version__}
     verdicts = {
         **head,
