@@ -134,6 +134,19 @@ def faults(rank: int, size: int) -> dict:
         twin = pickle.loads(pickle.dumps(one))
     found["pickled"] = [str(w.message) for w in caught]
     found["pickled group"] = twin._group
+    # one sample over all ranks, and none
+    for policy in ("error", "running"):
+        layer = gb.BatchNorm1d(3, on_single=policy)
+        gb.sync_statistics(layer)
+        found[f"single {policy}"] = error_of(lambda: layer(torch.full((int(rank == 0), 3), 7.0)))  # noqa: B023
+        found[f"after single {policy}"] = int(layer.num_batches_tracked)
+    layer(torch.empty(0, 3))
+    found["after nothing"] = int(layer.num_batches_tracked)
+    # blocks that are synchronized one by one have no names
+    blocks = [gb.BatchNorm1d(3), gb.BatchNorm1d(3)]
+    for block in blocks:
+        gb.sync_statistics(block)
+    found["nameless"] = error_of(lambda: blocks[int(rank == 0)](x))
     copied = copy.deepcopy(one)
     found["copied"] = copied._group is not None and copied._group.group is one._group.group
     gb.unsync_statistics(model)

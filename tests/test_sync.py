@@ -111,6 +111,20 @@ def test_ranks_that_meet_in_different_layers_raise_everywhere_and_name_both(rank
         assert "same order" in message
 
 
+def test_layers_that_were_synchronized_one_by_one_are_told_apart(ranks):
+    for found in ranks:
+        assert "same order" in found["faults"]["nameless"]
+
+
+def test_one_value_per_channel_over_all_ranks_is_treated_as_on_one_process(ranks):
+    for found in ranks:
+        faults = found["faults"]
+        assert "Expected more than 1 value per channel" in faults["single error"]
+        assert faults["single running"] == ""
+        assert faults["after single error"] == faults["after single running"] == 0
+        assert faults["after nothing"] == 1  # counted, as on one process
+
+
 def test_a_rank_that_does_not_come_ends_in_the_groups_timeout(ranks):
     for rank, found in enumerate(ranks[:-1]):
         message, seconds = found["absent"]["message"], found["absent"]["seconds"]

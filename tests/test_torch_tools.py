@@ -234,3 +234,17 @@ def test_functorchs_replacement_of_running_statistics_keeps_the_training_functio
     stacked = torch.func.vmap(model)(batches)
     for y, batch in zip(stacked, batches, strict=True):
         torch.testing.assert_close(y, model(batch), **EXACT)
+
+
+def test_symbolic_trace_runs_the_hooks_of_a_layer_once():
+    x = torch.randn(4, 3, 2, 2)
+    for hook in ("register_forward_hook", "register_forward_pre_hook"):
+        layer = gb.BatchNorm2d(3).eval()
+        model = torch.nn.Sequential(layer, torch.nn.ReLU())
+
+        def twice(module, inputs, output=None):
+            return output * 2 if output is not None else (inputs[0] * 2,)
+
+        getattr(layer, hook)(twice)
+        traced = torch.fx.symbolic_trace(model)
+        torch.testing.assert_close(traced(x), model(x))

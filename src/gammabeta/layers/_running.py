@@ -13,7 +13,7 @@ from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.parameter import is_lazy
 
 from gammabeta.moments import Moments
-from gammabeta.ops import _torch, check_backend, run
+from gammabeta.ops import _torch, as_moments, check_backend, run
 from gammabeta.ops._activations import Act
 from gammabeta.ops._native import Batch
 
@@ -94,12 +94,34 @@ class RunningMoments(_NormBase):
 
     def _forward(self, x: Tensor, act: Act, residual: Tensor | None, mask: Tensor | None) -> Tensor:
         given = self._given(x, mask)
+        y, seen = self._run(x, given, act, residual, mask)
+        if given is not None:
+            return y
+        if self._group is not None and mask is None and bool(as_moments(seen).n == 1):
+            return self._run(x, Moments.given(*self._single(x)), act, residual, mask)[0]
+        self._offer(x, seen)
+        return y
+
+    def _run(
+        self, x: Tensor, given: Moments | None, act: Act, residual: Tensor | None, mask: Any
+    ) -> tuple[Tensor, Moments | Batch]:
         group = self._group if given is None else None
         operands = (self.weight, self.bias, given, self._epsilon(), act, residual, mask, group)
-        y, seen = run(x, *operands, self.backend)
-        if given is None:
-            self._offer(x, seen)
-        return y
+        try:
+            return run(x, *operands, self.backend)
+        except (TypeError, ValueError) as error:
+            raise type(error)(f"{self._name()}: {error}{self._details()}") from error
+
+    def _single(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """The running statistics, to normalize one value per channel with; or the error."""
+        held = self._held()
+        if held is not None and self.on_single == "running":
+            return held
+        raise ValueError(
+            f"{self._name()}: Expected more than 1 value per channel when training, got input size "
+            f'{tuple(x.shape)}. Use a larger batch, call .eval(), or on_single="running".'
+            f"{self._details()}"
+        )
 
     def _given(self, x: Tensor, mask: Tensor | None) -> Moments | None:
         """Check the input; the running statistics if they normalize it, None if the batch's do."""
@@ -115,13 +137,7 @@ class RunningMoments(_NormBase):
                 f"{self._epsilon()}. Usual is 1e-5; the function gammabeta.batch_norm accepts 0."
             )
         if mask is None and self._group is None and x.numel() == x.shape[1]:
-            if held is not None and self.on_single == "running":
-                return Moments.given(*held)
-            raise ValueError(
-                f"{self._name()}: Expected more than 1 value per channel when training, got "
-                f"input size {tuple(x.shape)}. Use a larger batch, call .eval(), or "
-                f'on_single="running".{self._details()}'
-            )
+            return Moments.given(*self._single(x))
         return None
 
     def _epsilon(self) -> float:
@@ -136,7 +152,8 @@ class RunningMoments(_NormBase):
 
     def _offer(self, x: Tensor, seen: Any) -> None:
         """Propose the statistics ``seen`` in ``x``, if there are any."""
-        if x.numel() == 0 and self._group is None:
+        empty = x.numel() == 0 and (self._group is None or bool((as_moments(seen).n == 0).all()))
+        if empty:
             self._count_empty()
         else:
             self._propose(seen)
@@ -212,7 +229,7 @@ class RunningMoments(_NormBase):
             self._count_skip(~fine)
         if tracked is not None:
             tracked = self._track(tracked, fine)
-        weight: float | Tensor = 1.0
+        weight: float | Tensor = 0.0  # without momentum and count PyTorch's does not move either
         if self.momentum is not None:
             weight = self.momentum
         elif tracked is not None:
@@ -358,5 +375,9 @@ def traced_call(layer: torch.nn.Module, x: Any, **operands: Any) -> Any:
     which a proxy does not have.
     """
     given = {name: value for name, value in operands.items() if value is not None}
+    if layer._forward_hooks or layer._forward_pre_hooks:
+        # the hooks run around us now, on proxies; a call of the module would run them again
+        own = x.tracer.create_proxy("get_attr", x.tracer.path_of_module(layer), (), {})
+        return x.tracer.create_proxy("call_method", "forward", (own, x), given)
     path = x.tracer.path_of_module(layer)
     return x.tracer.create_proxy("call_module", path, (x,), given)

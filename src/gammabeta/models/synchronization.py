@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import itertools
 from typing import Any, NamedTuple
 
 from torch import nn
 
 from gammabeta.models._find import ours
 from gammabeta.ops._collective import Meeting
+
+_nameless = itertools.count(1)
 
 
 class Synchronized(NamedTuple):
@@ -43,8 +46,10 @@ def sync_statistics(model: nn.Module, group: Any = None) -> list[Synchronized]:
     RuntimeError: Synchronized statistics need a process group: ...
     """
     layers = ours(model, "sync_statistics")
+    # Layers that are synchronized one by one have no name in a model: their order tells them apart.
     meetings = {
-        name: Meeting(group, name or type(layer).__name__) for name, layer in layers.items()
+        name: Meeting(group, name or f"{type(layer).__name__} {next(_nameless)}")
+        for name, layer in layers.items()
     }
     for name, layer in layers.items():
         layer._group = meetings[name]

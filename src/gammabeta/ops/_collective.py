@@ -41,6 +41,11 @@ class Meeting:
                 "initialized, and is not. Call torch.distributed.init_process_group first "
                 "(torchrun sets its variables), or leave the statistics local."
             )
+        if dist.get_rank(group) < 0:
+            raise RuntimeError(
+                f"Synchronized statistics: this process must be one of the group's ranks, and is "
+                f"not (layer {label!r}). Synchronize on the ranks of the group only."
+            )
         self.group = group
         self.label = label
         self.calls = 0
@@ -51,8 +56,8 @@ class Meeting:
         return twin
 
     def __copy__(self) -> Meeting:
-        twin = Meeting(self.group, self.label)
-        twin.calls = self.calls
+        twin = object.__new__(Meeting)  # without a question to the group, which may be gone
+        twin.group, twin.label, twin.calls = self.group, self.label, self.calls
         return twin
 
     def __reduce__(self) -> tuple[Any, tuple[()]]:
@@ -88,13 +93,15 @@ class Meeting:
         raise RuntimeError(
             "Synchronized statistics: all ranks must call the same layers in the same order, with "
             f"the same channels and dtype, got {'; '.join(map(str, places))}. Look for a layer "
-            "that only some of them call."
+            "that only some of them call; then gammabeta.sync_statistics(model) on every rank "
+            "starts to count anew."
         )
 
     def failed(self, error: Exception) -> RuntimeError:
         return RuntimeError(
             f"Synchronized statistics: the other ranks did not come to {self.place()}. All ranks "
-            f"must call the same layers in the same order. ({type(error).__name__}: {error})"
+            f"must call the same layers in the same order; gammabeta.sync_statistics(model) on "
+            f"every rank starts to count anew. ({type(error).__name__}: {error})"
         )
 
 
