@@ -711,3 +711,17 @@ def test_the_words_stay_readable_without_scripts(chromium, made):
     with opened(chromium, made, java_script_enabled=False) as tab:
         assert tab.locator("noscript p").is_visible()
         assert tab.locator("table.verdicts").is_visible()
+
+
+def test_a_link_stays_a_link_and_a_device_is_not_replaced(tmp_path, whole):
+    target, link = tmp_path / "target.html", tmp_path / "link.html"
+    target.write_text("old")
+    link.symlink_to(target)
+    assert page.write([whole], link) == link
+    assert link.is_symlink()
+    assert target.read_text(encoding="utf-8").lower().startswith("<!doctype html>")
+    pipe = tmp_path / "pipe"
+    os.mkfifo(pipe)
+    with pytest.raises(OSError, match="neither a file nor new"):
+        page.write([whole], pipe)
+    assert pipe.is_fifo()

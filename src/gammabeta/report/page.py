@@ -55,15 +55,15 @@ def write(paths: Sequence[Path], out: Path) -> Path:
             f"report: expected a file to write, got the folder {out}. "
             f"Name a file: {out / 'report.html'}"
         )
-    out = out.resolve()  # a link stays a link: the file that it names is written
-    if out.exists() and not out.is_file():
+    target = out.resolve()  # a link stays a link: the file that it names is written
+    if target.exists() and not target.is_file():
         raise OSError(
             f"report: expected a file to write, got {out}, which is neither a file nor new. "
             "Name a file with -o."
         )
     text = _render(_content.gather(runs))
     # A lone surrogate, which JSON can hold, has no UTF-8; it is shown as "?".
-    _replace(out, text.encode("utf-8", "replace"))
+    _replace(target, text.encode("utf-8", "replace"))
     return out
 
 
