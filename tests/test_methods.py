@@ -275,6 +275,21 @@ def test_renorm_refuses_limits_out_of_range(wrong):
         gb.BatchRenorm1d(3, **wrong)(torch.randn(4, 3))
 
 
+@pytest.mark.parametrize("name", ["r_max", "d_max"])
+@pytest.mark.parametrize("wrong", ["3", None, True, [1.0, 2.0], torch.tensor(3.0)])
+def test_renorm_refuses_limits_that_are_no_numbers(name, wrong):
+    with pytest.raises(TypeError, match=rf"^BatchRenorm1d: {name} must be a number.* got .*Usual"):
+        gb.BatchRenorm1d(3, **{name: wrong})
+
+
+@pytest.mark.parametrize("name", ["r_max", "d_max"])
+@pytest.mark.parametrize("wrong", ["3", None])
+def test_renorm_refuses_functions_that_give_no_numbers(name, wrong):
+    layer = gb.BatchRenorm1d(3, **{name: lambda step: wrong})
+    with pytest.raises(TypeError, match=rf"{name} must be a number.* got"):
+        layer(torch.randn(4, 3))
+
+
 def test_renorm_needs_running_statistics():
     with pytest.raises(ValueError, match="track_running_stats=False"):
         gb.BatchRenorm1d(3, track_running_stats=False)
@@ -443,6 +458,18 @@ def test_whitening_refuses_what_it_cannot_do(make):
 def test_iterations_are_a_whole_number():
     with pytest.raises(ValueError, match="iterations must be a whole number"):
         gb.IterNorm1d(3, iterations=-1)
+
+
+@pytest.mark.parametrize("mode", [True, False], ids=["train", "eval"])
+@pytest.mark.parametrize("name", ["renorm", "ghost", "zca", "newton"])
+@pytest.mark.parametrize("dtype", [torch.int64, torch.uint8, torch.bool], ids=str)
+def test_an_input_of_whole_numbers_is_refused_by_name(name, mode, dtype):
+    layer = build(name, "1d").train(mode)
+    before = copy.deepcopy(layer.state_dict())
+    wanted = f"^{type(layer).__name__}: expected a floating input, got {dtype}. Use x.float()"
+    with pytest.raises(TypeError, match=wanted):
+        layer(torch.randint(0, 2, (8, 6)).to(dtype))
+    assert all(torch.equal(before[key], value) for key, value in layer.state_dict().items())
 
 
 # --- running statistics --------------------------------------------------------------------------

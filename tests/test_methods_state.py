@@ -266,6 +266,76 @@ def test_checkpointing_counts_once_and_recomputes_what_there_was(name, reentrant
     assert_same(layer, twin)
 
 
+@pytest.mark.parametrize("reentrant", [False, True])
+@pytest.mark.parametrize("way", ["no_update", "functional_call"])
+def test_renorm_recomputes_a_forward_that_was_not_counted(way, reentrant):
+    gradients = []
+    for checkpointed in (False, True):
+        layer = used("renorm", momentum=0.5)  # counted before, in other states
+
+        def call(x, layer=layer, checkpointed=checkpointed):
+            return checkpoint(layer, x, use_reentrant=reentrant) if checkpointed else layer(x)
+
+        x = (2 * data((8, 6), 9)).requires_grad_()
+        if way == "no_update":
+            with gb.no_update(layer):
+                y = call(x)
+        else:
+            holder = nn.Module()
+            holder.layer, holder.forward = layer, call
+            y, _ = gb.functional_call(holder, {}, x)
+        y.pow(3).sum().backward()
+        gradients.append(x.grad)
+        assert layer.num_batches_tracked == 3
+    assert torch.equal(*gradients)
+
+
+@pytest.mark.parametrize("order", ["sum", "first", "last"])
+def test_renorm_recomputes_several_forwards_each_in_its_own_state(order):
+    gradients = []
+    for checkpointed in (False, True):
+        layer = build("renorm", "1d", momentum=0.5)
+        leaves, losses = [], []
+        for seed in range(4):
+            x = (data((8, 6), seed) * (1 + seed)).requires_grad_()
+            y = checkpoint(layer, x, use_reentrant=False) if checkpointed else layer(x)
+            leaves.append(x)
+            losses.append(y.sin().sum())
+        if order == "sum":
+            sum(losses).backward()
+        else:
+            for loss in losses if order == "first" else reversed(losses):
+                loss.backward()
+        gradients.append(torch.stack([x.grad for x in leaves]))
+    assert torch.equal(*gradients)
+
+
+def test_renorm_finds_the_state_of_a_batch_with_nan_and_of_a_schedule():
+    gradients = []
+    for checkpointed in (False, True):
+        layer = used("renorm", momentum=0.5, r_max=functools.partial(ramp, 2))
+        bad = data((8, 6), 9)
+        bad[0, 1] = torch.nan
+        x = bad.requires_grad_()
+        with pytest.warns(gb.StatisticsWarning):
+            y = checkpoint(layer, x, use_reentrant=False) if checkpointed else layer(x)
+        layer(data((8, 6), 4))
+        y.pow(3).sum().backward()
+        gradients.append(x.grad)
+    assert gradients[0][:, 2:].isfinite().all()
+    torch.testing.assert_close(*gradients, rtol=0, atol=0, equal_nan=True)
+
+
+def test_what_renorm_remembers_is_bounded_and_no_part_of_a_copy():
+    layer = used("renorm")
+    size = len(pickle.dumps(layer))
+    assert size == len(pickle.dumps(copy.deepcopy(layer)))
+    for seed in range(40):
+        layer(data((8, 6), seed))
+    assert len(layer._past) < 20
+    assert len(pickle.dumps(layer)) == size
+
+
 def test_a_probe_between_forward_and_backward_does_not_disturb_the_recomputation():
     layer = build("renorm", "1d", momentum=0.5)
     twin = copy.deepcopy(layer)

@@ -57,7 +57,13 @@ class Method(Concealed):
     def forward(self, input: Tensor, mask: Tensor | None = None) -> Tensor:
         if is_traced(input):
             return cast(Tensor, traced_call(self, input, mask=mask))
-        return self._normalize(input, mask, self._given(input, mask))
+        given = self._given(input, mask)
+        if not input.is_floating_point():
+            raise TypeError(
+                f"{self._name()}: expected a floating input, got {input.dtype}. Use x.float()."
+                f"{self._details()}"
+            )
+        return self._normalize(input, mask, given)
 
     def _normalize(self, x: Tensor, mask: Tensor | None, given: Moments | None) -> Tensor:
         """By the ``given`` running statistics; a method overrides it for those of a batch."""

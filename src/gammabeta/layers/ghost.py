@@ -154,6 +154,7 @@ class GhostBatchNorm1d(_Ghost):
     normalized all at once; large ones, and any with a mask, one after the other.
 
     Raises:
+        TypeError: the input is not floating.
         ValueError: virtual_batch_size is not a positive whole number; wrong number of dimensions;
             a ghost of one value per channel in training; statistics shared between processes.
         RuntimeError: wrong number of channels.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from numbers import Real
 from typing import Any, NamedTuple, TypeAlias
 
 import torch
@@ -14,6 +15,8 @@ from gammabeta.ops import _torch, batch_norm
 
 Limit: TypeAlias = float | Callable[[Tensor], float | Tensor]
 
+_MEMORY = 8  # forwards of a layer whose recomputation in a backward pass is still right
+
 
 class _Past(NamedTuple):
     """What a batch is corrected towards: the state of the layer before that batch."""
@@ -21,13 +24,15 @@ class _Past(NamedTuple):
     mean: Tensor
     var: Tensor
     step: Tensor | None
+    seen: Moments  # of that batch, by which its recomputation finds this state
 
 
 class _Renorm(Method):
     """y = γ·(x̂·r + d) + β, computed as one batch normalization with γ·r and γ·d + β."""
 
-    # what the last counted batch was corrected towards, for its recomputation in a backward pass
-    _past: _Past | None = None
+    # what the last batches were corrected towards, newest first, for their recomputation; never
+    # changed in place, since replicas of a layer on several devices share what they start with
+    _past: tuple[_Past, ...] = ()
 
     def __init__(
         self,
@@ -67,7 +72,10 @@ class _Renorm(Method):
         )
         self.r_max, self.d_max = r_max, d_max
         for name, least in (("r_max", 1.0), ("d_max", 0.0)):
-            if not callable(getattr(self, name)):
+            value = getattr(self, name)
+            if not callable(value):
+                if isinstance(value, bool) or not isinstance(value, Real):
+                    raise self._no_number(name, least, value)
                 self._limit(name, least, None)
 
     def _normalize(self, x: Tensor, mask: Tensor | None, given: Moments | None) -> Tensor:
@@ -91,7 +99,7 @@ class _Renorm(Method):
     @torch.no_grad()
     def _correction(self, seen: Moments) -> tuple[Tensor, Tensor]:
         """r and d of each channel, (C,), float64, constants for every derivative."""
-        past = self._towards()
+        past = self._towards(seen)
         # a channel without a valid value has n = 0; its NaN would reach γ through 0·NaN
         batch = (seen.m2 / seen.n.clamp(min=1) + self._eps).sqrt()
         held = (past.var.to(torch.float64) + self._eps).sqrt()
@@ -101,11 +109,12 @@ class _Renorm(Method):
         d = ((seen.mean - past.mean) / held).clamp(-d_max, d_max)
         return r, d
 
-    def _towards(self) -> _Past:
+    def _towards(self, seen: Moments) -> _Past:
         """The running statistics and the step, as they were when this batch came first.
 
-        Activation checkpointing computes a batch again after its statistics were committed; it
-        must meet the old ones, or its gradients would belong to another r and d.
+        Activation checkpointing computes a batch again, perhaps after its statistics or those of
+        others were committed; it must meet the old ones, or its gradients would belong to another
+        r and d. Batches that are not counted are remembered too: they are recomputed as well.
         """
         held = self._held()
         if held is None:
@@ -114,14 +123,19 @@ class _Renorm(Method):
                 f"the layer anew.{self._details()}"
             )
         mean, var = held
-        now = _Past(mean, var, self.num_batches_tracked)
+        now = _Past(mean, var, self.num_batches_tracked, seen)
         if _torch.in_backward():
-            return self._past or now
-        plain = type(mean) is Tensor and self._commits() and not self._rebind
+            return _nearest(self._past, now)
+        plain = type(mean) is Tensor and not mean.is_meta
         if plain and not torch.compiler.is_compiling() and not _torch.transform_active():
             step = None if now.step is None else now.step.clone()
-            self._past = _Past(mean.detach().clone(), var.detach().clone(), step)
+            kept = _Past(mean.detach().clone(), var.detach().clone(), step, seen)
+            self._past = (kept, *self._past[: _MEMORY - 1])
         return now
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Without what only a backward pass through this very layer asks for."""
+        return {key: value for key, value in super().__getstate__().items() if key != "_past"}
 
     def _limit(self, name: str, least: float, step: Tensor | None) -> Tensor:
         value = getattr(self, name)
@@ -132,7 +146,10 @@ class _Renorm(Method):
                     f"be None. Give it back its counter, or use a number.{self._details()}"
                 )
             value = value(step)
-        limit = torch.as_tensor(value, dtype=torch.float64).detach()
+        try:
+            limit = torch.as_tensor(value, dtype=torch.float64).detach()
+        except (TypeError, ValueError, RuntimeError) as error:
+            raise self._no_number(name, least, value) from error
         if _torch.host_readable(limit) and not bool((limit >= least).all()):
             raise ValueError(
                 f"{type(self).__name__}: {name} must be at least {least:g}, got {value!r}. "
@@ -140,9 +157,53 @@ class _Renorm(Method):
             )
         return limit
 
+    def _no_number(self, name: str, least: float, value: object) -> TypeError:
+        usual = {"r_max": "3", "d_max": "5"}[name]
+        return TypeError(
+            f"{type(self).__name__}: {name} must be a number, at least {least:g}, or a function of "
+            f"num_batches_tracked that gives one, got {value!r}. Usual is {usual}."
+        )
+
     def extra_repr(self) -> str:
         r_max, d_max = (getattr(v, "__name__", v) for v in (self.r_max, self.d_max))
         return f"{super().extra_repr()}, r_max={r_max}, d_max={d_max}"
+
+
+def _nearest(past: tuple[_Past, ...], now: _Past) -> _Past:
+    """The state that the batch of ``now`` met: that of the remembered batch most like it.
+
+    A recomputed batch has the moments of its first forward, to the bit or, where a device adds in
+    any order, nearly so. The choice is made by tensors, which no device has to wait for.
+    """
+    mean, step = now.mean, now.step
+    fits = [
+        p
+        for p in past
+        if p.mean.device == mean.device
+        and p.mean.dtype == mean.dtype
+        and p.mean.shape == mean.shape
+        and (p.step is None) == (step is None)
+    ]
+    if len(fits) < 2:
+        return fits[0] if fits else now
+    apart = torch.stack([_apart(p.seen, now.seen) for p in fits])
+    index = apart.argmin().view(1)  # the first of equals: the newest
+
+    def pick(values: list[Tensor]) -> Tensor:
+        return torch.stack(values).index_select(0, index).squeeze(0)
+
+    steps = [p.step for p in fits if p.step is not None]
+    chosen = pick([p.mean for p in fits]), pick([p.var for p in fits])
+    return _Past(*chosen, pick(steps) if steps else None, now.seen)
+
+
+def _apart(a: Moments, b: Moments) -> Tensor:
+    """A number (), 0 for equal moments; a channel that is not finite has no part in it."""
+    parts = [
+        ((one - two).abs() / (one.abs() + two.abs()).clamp(min=1e-300)).nan_to_num(nan=0.0)
+        for one, two in ((a.mean, b.mean), (a.m2, b.m2))
+    ]
+    return torch.cat(parts).sum()
 
 
 class BatchRenorm1d(_Renorm):
@@ -182,6 +243,7 @@ class BatchRenorm1d(_Renorm):
     True = valid, broadcastable to (N,) or (N, L); y = 0 elsewhere.
 
     Raises:
+        TypeError: a limit is neither a number nor a function; the input is not floating.
         ValueError: a limit out of range; track_running_stats=False; wrong number of dimensions;
             one value per channel in training.
         RuntimeError: wrong number of channels.
@@ -205,10 +267,12 @@ class BatchRenorm1d(_Renorm):
     σ_B varies.
 
     Under activation checkpointing a recomputed batch meets the statistics that its first forward
-    met, if that was the layer's last one before the backward pass; put several forwards before one
-    backward pass inside :func:`gammabeta.accumulate`. A checkpoint inside ``torch.compile``
-    recomputes with the statistics after the update: keep the layer out of it. Synchronized over
-    processes the layer needs two collectives forward.
+    met, counted or not, if that was one of the layer's last eight before the backward pass; more
+    belong inside :func:`gammabeta.accumulate`. They are told apart by their statistics: of one
+    batch that came twice, in two states of the layer, the later state is taken. A checkpoint inside
+    ``torch.compile`` recomputes with the statistics after the update, and its gradients are wrong
+    without a word: keep the layer out of the checkpoint, or the checkpoint out of the compiler.
+    Synchronized over processes the layer needs two collectives forward.
     """
 
     _dimensions = (2, 3)

@@ -120,6 +120,7 @@ class DecorrelatedBatchNorm1d(_ZCA):
     the statistics.
 
     Raises:
+        TypeError: the input is not floating.
         ValueError: eps ≤ 0; group_size does not divide C; wrong number of dimensions; one value
             per channel in training; statistics shared between processes.
         RuntimeError: wrong number of channels.
