@@ -270,8 +270,9 @@ class BatchRenorm1d(_Renorm):
     met, counted or not, if that was one of the layer's last eight before the backward pass; more
     belong inside :func:`gammabeta.accumulate`. They are told apart by their statistics: of one
     batch that came twice, in two states of the layer, the later state is taken. A checkpoint inside
-    ``torch.compile`` recomputes with the statistics after the update, and its gradients are wrong
-    without a word: keep the layer out of the checkpoint, or the checkpoint out of the compiler.
+    ``torch.compile``, or around what it compiled, recomputes a counted batch with the statistics
+    after the update, and its gradients are wrong without a word: there, keep the layer out of the
+    checkpoint, or do without the compiler.
     Synchronized over processes the layer needs two collectives forward.
     """
 
