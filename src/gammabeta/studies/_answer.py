@@ -172,6 +172,7 @@ def _cells(outcome: Outcome, part: str, demo: bool) -> list[dict[str, Any]]:
             "effect": cell.interval.mean if cell.interval else None,
             "lo": cell.interval.lo if cell.interval else None,
             "hi": cell.interval.hi if cell.interval else None,
+            "p_signflip": cell.interval.p_signflip if cell.interval else None,
             "n": cell.interval.n if cell.interval else 0,
             "status": "demo" if demo else cell.status,
             "reason": "" if demo else cell.reason,
