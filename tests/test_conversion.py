@@ -266,6 +266,35 @@ def test_a_layer_in_another_dtype_reverts_to_buffers_of_that_dtype(dtype, option
     assert everything(gb.revert(ours)) == before
 
 
+@pytest.mark.parametrize("low", LOW)
+@pytest.mark.parametrize("affine", [True, False])
+def test_a_layer_moved_to_another_dtype_reverts_to_buffers_of_that_dtype(low, affine):
+    model = nn.Sequential(nn.BatchNorm1d(3, affine=affine)).to(low)
+    ours = gb.convert(model)
+    assert list(ours.state_dict()) == list(model.state_dict())
+    for dtype in (torch.float32, torch.float64, low):
+        back = gb.revert(copy.deepcopy(ours).to(dtype))
+        assert everything(back) == everything(copy.deepcopy(model).to(dtype))
+        assert list(dict(back.named_buffers())) == list(dict(model.named_buffers()))
+        # a later move counts, whatever the dtype was before
+        assert gb.revert(ours.to(torch.float32).to(low))[0].running_var.dtype == low
+
+
+@pytest.mark.parametrize("low", LOW)
+def test_buffers_of_another_dtype_than_the_parameters_come_back_as_they_were(low):
+    model = nn.Sequential(nn.BatchNorm1d(3))
+    for parameter in model.parameters():
+        parameter.data = parameter.data.to(low)
+    model[0].running_var.fill_(1e5)
+    ours = gb.convert(model)
+    assert everything(gb.revert(ours)) == everything(model)
+    assert gb.revert(ours.float())[0].running_mean.dtype == torch.float32
+    narrow = nn.Sequential(nn.BatchNorm1d(3)).to(low)
+    for parameter in narrow.parameters():
+        parameter.data = parameter.data.float()
+    assert everything(gb.revert(gb.convert(narrow))) == everything(narrow)
+
+
 def test_a_variance_that_half_precision_cannot_hold_is_not_reverted():
     ours = gb.convert(nn.BatchNorm1d(2)).half()
     ours.running_var.fill_(1e5)
@@ -306,6 +335,11 @@ def test_copies_pickles_compiled_and_traced_models_are_as_good_as_the_model():
     traced = torch.fx.symbolic_trace(ours)
     assert torch.equal(traced(x), wanted)
     assert type(gb.revert(traced).get_submodule("block.act1")) is nn.ReLU
+    traced = gb.convert(torch.fx.symbolic_trace(used(Net(), x)), fuse=True)
+    for other in (copy.deepcopy(traced), pickle.loads(pickle.dumps(traced))):
+        assert gb.report_of(other) == gb.report_of(traced)
+        assert actions(gb.revert(other))["stem.1"] == "reverted"
+        assert actions(copy.deepcopy(gb.revert(other)))["stem.1"] == "reverted"
     compiled = torch.compile(ours, backend="aot_eager")
     torch.testing.assert_close(compiled(x), wanted)
     converted = gb.convert(torch.compile(used(Net(), x), backend="aot_eager"))
@@ -539,9 +573,12 @@ def test_hooks_and_sharing_keep_an_activation_in_its_place():
         assert actions(ours) == {"0": "converted", "2": "fused"}
         assert "hook" in notes(ours)["0"]
     act = nn.ReLU()
-    shared = nn.ModuleDict({"net": nn.Sequential(nn.BatchNorm1d(3), act), "other": act})
-    shared.forward = None  # cannot be traced: neighbors in the nn.Sequential
-    assert "shared with 'other'" in notes(gb.convert(shared, fuse=True))["net.0"]
+    shared = nn.Sequential(nn.Sequential(nn.BatchNorm1d(3), act), Odd(untraceable), act)
+    assert "shared with '2'" in notes(gb.convert(shared, fuse=True))["0.0"]
+    layers = [nn.BatchNorm1d(3), act, nn.BatchNorm1d(3), act, nn.Tanh(), Odd(untraceable)]
+    ours = gb.convert(nn.Sequential(*layers), fuse=True)
+    assert "shared with" in notes(ours)["2"]
+    assert type(ours[4]) is nn.Tanh
 
 
 def test_a_hook_on_a_container_is_not_called_while_tracing():
@@ -589,22 +626,115 @@ def test_optional_arguments_are_traced_given_and_not_given():
     assert "used 2 times" in notes(ours)["norm"]
 
 
-def test_in_a_model_that_cannot_be_traced_neighbors_in_a_sequential_are_fused():
+def test_only_a_whole_sequential_is_fused_where_it_cannot_be_traced():
     class Untraceable(nn.Module):
         def __init__(self):
             super().__init__()
-            self.net = nn.Sequential(nn.Linear(3, 3), nn.BatchNorm1d(3), nn.ReLU())
+            self.net = nn.Sequential(nn.BatchNorm1d(3), nn.ReLU())
 
         def forward(self, x):
             return self.net(x) if x.sum() > 0 else -self.net(x)
 
     x = torch.randn(6, 3)
-    model = used(Untraceable(), x)
-    ours = gb.convert(model, fuse=True)
-    assert actions(ours) == {"net.1": "fused"}
+    model = nn.Sequential(
+        nn.Sequential(nn.Linear(3, 3), nn.BatchNorm1d(3)), nn.Sequential(nn.ReLU()), Untraceable()
+    )
+    ours = gb.convert(used(model, x), fuse=True)
+    assert actions(ours) == {"0.1": "fused", "2.net.0": "converted"}
+    assert notes(ours)["0.1"] == "relu of '1.0'"
+    assert "cannot be traced" in notes(ours)["2.net.0"]
     torch.testing.assert_close(ours(x), model(x))
     back = gb.revert(ours)
-    assert [type(m) for m in back.net] == [nn.Linear, nn.BatchNorm1d, nn.ReLU]
+    assert type(back[0][1]) is nn.BatchNorm1d
+    assert type(back[1][0]) is nn.ReLU
+
+
+def features_asked_for(m, x, wanted=False):
+    z = m.norm(x)
+    y = m.act(z)
+    return (y, z) if wanted else y
+
+
+def features_asked_for_by_identity(m, x, wanted=False):
+    z = m.norm(x)
+    y = m.act(z)
+    return (y, z) if wanted is True else y
+
+
+def features_asked_for_by_one_of_two(m, x, wanted=None, other=None):
+    z = m.norm(x)
+    y = m.act(z)
+    return (y, z) if wanted is not None and other is None else y
+
+
+def indexed_where_it_cannot_be_traced(m, x, wanted=False):
+    return m.net[0](x) + m.net(x) if x.sum() < 1e9 else x
+
+
+def iterated_where_it_cannot_be_traced(m, x, wanted=False):
+    found = [x]
+    for layer in m.net if x.sum() < 1e9 else ():
+        found.append(layer(found[-1]))
+    return found
+
+
+def kept_as_an_attribute(m, x, wanted=False):
+    m.found = []
+    for layer in m.net:
+        x = layer(x)
+        m.found.append(x)
+    return x
+
+
+def activation_alone_in_eval_mode(m, x, wanted=False):
+    return m.act(m.norm(x)) if m.training else m.act(x)
+
+
+@pytest.mark.parametrize(
+    ("forward", "reason"),
+    [
+        (features_asked_for, "cannot be traced with wanted given"),
+        (features_asked_for_by_identity, "used 2 times"),
+        (features_asked_for_by_one_of_two, "used 2 times"),
+        (indexed_where_it_cannot_be_traced, "cannot be traced"),
+        (iterated_where_it_cannot_be_traced, "cannot be traced"),
+        (kept_as_an_attribute, "kept beyond the forward pass"),
+        (activation_alone_in_eval_mode, "is called without it"),
+    ],
+    ids=lambda p: getattr(p, "__name__", None),
+)
+@pytest.mark.parametrize("training", [True, False])
+def test_a_second_consumer_that_only_some_calls_have_prevents_fusion(forward, reason, training):
+    class Model(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.norm, self.act = nn.BatchNorm1d(3), nn.ReLU()
+            self.net = nn.Sequential(nn.BatchNorm1d(3), nn.ReLU())
+
+    Model.forward = forward
+    x = torch.randn(6, 3)
+    model = Model().train(training)
+    ours = gb.convert(model, fuse=True)
+    assert set(actions(ours).values()) == {"converted"}
+    assert any(reason in note for note in notes(ours).values())
+    for wanted in (False, True):
+        torch.testing.assert_close(ours(x, wanted=wanted), model(x, wanted=wanted))
+    torch.testing.assert_close(getattr(ours, "found", None), getattr(model, "found", None))
+
+
+def test_many_optional_arguments_are_not_traced_in_every_combination():
+    class Model(Block):
+        def forward(self, x, a=None, b=None, c=None, d=None):
+            return super().forward(x)
+
+    assert "4 optional arguments" in notes(gb.convert(Model(), fuse=True))["norm1"]
+
+
+def test_the_report_says_how_far_a_fusion_is_proved():
+    ours = gb.convert(Net(), fuse=True)
+    assert notes(ours)["stem.1"].endswith("as far as a trace of forward shows")
+    ours = gb.convert(nn.Sequential(nn.BatchNorm1d(3), nn.ReLU()), fuse=True)
+    assert notes(ours) == {"0": "relu of '1'"}
 
 
 def test_a_fused_layer_is_reverted_only_where_its_activation_has_a_place():

@@ -1,18 +1,21 @@
 """Which activation follows a normalization, so that one layer can compute both.
 
 Moving an activation changes the function of a model unless exactly one call takes the layer's
-output. ``torch.fx`` shows that where it can trace the model; else neighbors within a
-``torch.nn.Sequential`` are taken to be called through it.
+output. ``torch.fx`` shows that where it can trace the model in all the ways it can be called. Else
+it is known only of a model that is a ``torch.nn.Sequential``, within which no code but PyTorch's
+calls the modules.
 """
 
 from __future__ import annotations
 
 import copy
+import gc
 import inspect
 import itertools
 import math
 import warnings
-from collections.abc import Iterable, Mapping
+import weakref
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 import torch
@@ -37,6 +40,7 @@ class Neighbor(NamedTuple):
 
     name: str | None
     reason: str = ""
+    proved: bool = False  # by the structure of the model, not only by what traces show
 
 
 class Traces(NamedTuple):
@@ -127,7 +131,27 @@ def has_hooks(module: nn.Module) -> bool:
 # -- traces -----------------------------------------------------------------------------
 
 
+_MOST_OPTIONAL = 3  # arguments: the traces double with each
+_KEPT = "gammabeta_kept"
+
+
 class _Tracer(fx.Tracer):
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: list[weakref.ref[fx.Proxy]] = []
+
+    def proxy(self, node: fx.Node) -> fx.Proxy:
+        made = super().proxy(node)
+        if node.op == "call_module":
+            self.seen.append(weakref.ref(made))
+        return made
+
+    def kept(self) -> list[fx.Node]:
+        """The calls whose output something still holds, such as a list or an attribute."""
+        if any(ref() is not None for ref in self.seen):
+            gc.collect()  # what only a cycle holds is not kept
+        return [held.node for ref in self.seen if (held := ref()) is not None]
+
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         # what a hook does cannot be seen, and it must not be called with a proxy
         whole = isinstance(m, _BatchNorm) or has_hooks(m) or "forward" in m.__dict__
@@ -135,23 +159,42 @@ class _Tracer(fx.Tracer):
 
 
 def trace(model: nn.Module) -> Traces:
-    """Trace in training and in eval mode, with optional arguments given and not given."""
+    """Trace in training and in eval mode, with each optional argument given and not given.
+
+    One failure leaves no graphs: a branch that was not seen may use the output in another way.
+    """
     if "forward" in model.__dict__:
         return Traces([], "the model has a forward of its own")
-    parameters = inspect.signature(type(model).forward).parameters.values()
-    defaults = {p.name: p.default for p in parameters if p.default is not inspect.Parameter.empty}
     graphs: list[fx.Graph] = []
-    for training in (True, False):
-        failed = []
-        for given in ({}, defaults) if defaults else ({},):
-            try:
+    given: Mapping[str, Any] = {}
+    asked: list[str] = []
+    try:
+        parameters = inspect.signature(type(model).forward).parameters.values()
+        optional = [p for p in parameters if p.default is not inspect.Parameter.empty]
+        if len(optional) > _MOST_OPTIONAL:
+            most = f"more than the {_MOST_OPTIONAL} that are traced in every combination"
+            return Traces([], f"its forward has {len(optional)} optional arguments, {most}")
+        for training in (True, False):
+            for given in _ways(optional):
+                asked = [p.name for p in optional if p.name not in given]
                 graphs.append(_trace(model, training, given))
-            except Exception as error:  # whatever the model's code raises about proxies
-                failed.append(error)
-        if len(failed) == (2 if defaults else 1):
-            first = (str(failed[0]).strip().splitlines() or [""])[0]
-            return Traces([], f"the model cannot be traced ({type(failed[0]).__name__}: {first})")
+    except Exception as error:  # whatever the model's code raises about proxies
+        first = (str(error).strip().splitlines() or [""])[0]
+        how = f" with {' and '.join(asked)} given" if asked else ""
+        return Traces([], f"the model cannot be traced{how} ({type(error).__name__}: {first})")
     return Traces(graphs, "")
+
+
+def _ways(optional: list[inspect.Parameter]) -> Iterator[dict[str, Any]]:
+    """What optional arguments to fix at a value, in turn; the others stand for any value."""
+    # A flag is also fixed at its opposite: `flag is True` is false for a proxy.
+    fixed = [
+        [p.default, not p.default] if type(p.default) is bool else [p.default] for p in optional
+    ]
+    anything = object()
+    for values in itertools.product(*([*some, anything] for some in fixed)):
+        named = zip(optional, values, strict=True)
+        yield {p.name: value for p, value in named if value is not anything}
 
 
 def _trace(model: nn.Module, training: bool, given: Mapping[str, Any]) -> fx.Graph:
@@ -160,9 +203,13 @@ def _trace(model: nn.Module, training: bool, given: Mapping[str, Any]) -> fx.Gra
     shell = duplicate(model, share_parameters=True)
     for module in shell.modules():
         module.training = training
+    tracer = _Tracer()
     with warnings.catch_warnings(), torch.random.fork_rng(devices=[]):
         warnings.simplefilter("ignore")
-        return _Tracer().trace(shell, dict(given) or None)
+        graph = tracer.trace(shell, dict(given) or None)
+    for node in tracer.kept():
+        node.meta[_KEPT] = True
+    return graph
 
 
 def same(before: Traces, after: Traces) -> bool:
@@ -182,24 +229,35 @@ def _calls(graph: fx.Graph) -> list[tuple[Any, ...]]:
 
 def neighbors(model: nn.Module, names: Iterable[str], traces: Traces) -> dict[str, Neighbor]:
     """For each layer of these names the module that alone takes its output."""
-    if traces.graphs:
-        return {name: _in_graphs(name, traces.graphs) for name in names}
-    follows = _in_sequentials(model)
-    unseen = Neighbor(None, f"{traces.reason}, and no module follows it within an nn.Sequential")
-    return {name: follows.get(name, unseen) for name in names}
+    chain = _in_sequentials(model)
+    if not traces.graphs:
+        unseen = Neighbor(
+            None, f"{traces.reason}, and is no nn.Sequential in which a module follows"
+        )
+        return {name: chain.get(name, unseen) for name in names}
+    found = {name: _in_graphs(name, traces.graphs) for name in names}
+    return {
+        name: chain[name] if name in chain and chain[name].name == seen.name else seen
+        for name, seen in found.items()
+    }
 
 
 def _in_graphs(name: str, graphs: list[fx.Graph]) -> Neighbor:
     found: set[str] = set()
+    without: set[str] = set()
     for graph in graphs:
         calls = [n for n in graph.nodes if n.op == "call_module" and n.target == name]
         if not calls:
-            continue  # a branch that is taken only in the other mode
+            # a branch that is taken only in the other mode or with other arguments
+            without.update(str(n.target) for n in graph.nodes if n.op == "call_module")
+            continue
         if len(calls) > 1:
             return Neighbor(None, f"it is called {len(calls)} times in a forward pass")
         (call,) = calls
         if len(call.args) != 1 or call.kwargs:
             return Neighbor(None, "it is called with more than its input")
+        if _KEPT in call.meta:
+            return Neighbor(None, "its output is kept beyond the forward pass")
         if len(call.users) != 1:
             return Neighbor(None, f"its output is used {len(call.users)} times")
         (user,) = call.users
@@ -213,17 +271,33 @@ def _in_graphs(name: str, graphs: list[fx.Graph]) -> Neighbor:
         if user.args != (call,) or user.kwargs:
             return Neighbor(None, f"{user.target!r}, which follows it, takes more than its output")
         found.add(str(user.target))
+    if found & without:
+        return Neighbor(None, f"{min(found & without)!r}, which follows it, is called without it")
     if len(found) == 1:
         return Neighbor(found.pop())
     return Neighbor(None, "what follows it varies" if found else "no call of it was seen")
 
 
 def _in_sequentials(model: nn.Module) -> dict[str, Neighbor]:
+    """Who follows whom in a model that is an ``nn.Sequential``, through nested ones too."""
+    if not _is_chain(model):
+        return {}
     names = {module: name for name, module in model.named_modules()}
-    found = {}
-    for module in names:
-        if type(module) is nn.Sequential and "forward" not in module.__dict__:
-            children = list(module)
-            for first, second in itertools.pairwise(children):
-                found[names[first]] = Neighbor(names[second])
-    return found
+    return {
+        names[first]: Neighbor(names[second], proved=True)
+        for first, second in itertools.pairwise(_chain(model))
+    }
+
+
+def _is_chain(module: nn.Module) -> bool:
+    plain = type(module) is nn.Sequential and "forward" not in module.__dict__
+    return plain and not has_hooks(module)
+
+
+def _chain(module: nn.Module) -> Iterator[nn.Module]:
+    # not children(), which leaves out a module's second place
+    for child in module._modules.values():
+        if child is not None and _is_chain(child):
+            yield from _chain(child)
+        elif child is not None:
+            yield child

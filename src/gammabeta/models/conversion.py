@@ -6,7 +6,7 @@ import difflib
 from typing import NamedTuple
 
 import torch
-from torch import nn
+from torch import fx, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parallel import DistributedDataParallel
 from torch.nn.parameter import is_lazy
@@ -35,6 +35,8 @@ _FUSED: dict[type, type[nn.Module]] = {
 }
 _PLAIN: dict[type, type[nn.Module]] = {fused: plain for plain, fused in _FUSED.items()}
 _REPORT = "_gammabeta_report"
+_LOW = (torch.float16, torch.bfloat16)
+_MARK = "_held_as"  # an empty buffer: it alone follows moves of a layer without γ to other dtypes
 _ASKS = "the forward code asks for the kinds of its modules and would run another way"
 
 
@@ -63,12 +65,16 @@ def convert(
     Args:
         model: any module.
         fuse: put a following activation module (ReLU, LeakyReLU, Sigmoid, Tanh, Softplus, SiLU,
-            GELU) into ``BatchNormAct``; an ``nn.Identity`` stays in its place. Done where a
-            ``torch.fx`` trace shows that the activation alone takes the layer's output, that
+            GELU) into ``BatchNormAct``; an ``nn.Identity`` stays in its place. Done where
+            ``torch.fx`` traces show that the activation alone takes the layer's output, that
             neither is shared or has a hook, and that the forward code then runs through the same
-            calls. In a model that cannot be traced, neighbors within an ``nn.Sequential`` are
-            taken, provided that they are called through it. An activation that is a function
-            in the forward code stays there.
+            calls. There is one trace for each mode and each combination of optional arguments;
+            if one fails, as with ``if flag:``, nothing is fused, and the report says why. A model
+            that is itself an ``nn.Sequential`` needs no trace. An activation that is a function
+            in the forward code stays there. A trace shows neither methods other than forward,
+            nor what forward does once attributes of the model have changed, nor code outside
+            that calls the layer or indexes a container: see to it that these do not use the
+            output of a fused layer, which is that of its activation.
         backend: of all layers of this package in the copy; None leaves it ("auto").
         dry_run: return a copy without changes, with the report of what would be done.
 
@@ -111,7 +117,7 @@ def convert(
                 layer.backend = backend
     if dry_run:
         result = _fusion.duplicate(model)
-    result.__dict__[_REPORT] = Table(rows.values())
+    _attach(result, rows)
     return result
 
 
@@ -154,7 +160,7 @@ def revert(model: nn.Module) -> nn.Module:
         if row.action == "reverted" and isinstance(layer, RunningMoments):
             row = _noted(row, _release(layer))
         rows[name] = row._replace(after=_kind(layer))
-    result.__dict__[_REPORT] = Table(rows.values())
+    _attach(result, rows)
     return result
 
 
@@ -174,6 +180,8 @@ def report_of(model: nn.Module) -> list[Change]:
     'skipped'
     """
     report = model.__dict__.get(_REPORT)
+    if report is None and isinstance(model, fx.GraphModule):
+        report = model.meta.get(_REPORT)
     if not isinstance(report, Table):
         raise ValueError(
             "gammabeta.report_of: expected a model that gammabeta.convert or gammabeta.revert "
@@ -181,6 +189,13 @@ def report_of(model: nn.Module) -> list[Change]:
             "returned, not the one that they were given."
         )
     return report
+
+
+def _attach(model: nn.Module, rows: dict[str, Change]) -> None:
+    model.__dict__[_REPORT] = Table(rows.values())
+    if isinstance(model, fx.GraphModule):
+        # its copies have of its attributes only `meta`, its pickles all others
+        model.meta[_REPORT] = model.__dict__[_REPORT]
 
 
 # -- one layer --------------------------------------------------------------------------
@@ -264,16 +279,19 @@ def _swap(layer: nn.Module, kind: type[nn.Module]) -> None:
 
 def _adopt(layer: nn.Module) -> str:
     """Turn one of PyTorch's layers into ours; what there is to say about it."""
-    before = layer._buffers.get("running_mean")
+    before, weight = layer._buffers.get("running_mean"), getattr(layer, "weight", None)
     _swap(layer, _OURS[_type(layer)])
     if isinstance(layer, RunningMoments):
         layer._prepare()
     after = layer._buffers.get("running_mean")
-    if before is None or after is None or before.dtype == after.dtype:
+    if before is None or after is None:
         return ""
-    # without γ nothing else remembers what dtype PyTorch would hold
-    layer.__dict__["_held_dtype"] = before.dtype
-    return f"buffers {before.dtype} -> {after.dtype}"
+    if weight is None and before.dtype in _LOW:
+        empty = torch.empty(0, dtype=before.dtype, device=before.device)
+        layer.register_buffer(_MARK, empty, persistent=False)
+    elif weight is not None and weight.dtype != before.dtype:
+        layer.__dict__["_held_dtypes"] = weight.dtype, before.dtype
+    return "" if before.dtype == after.dtype else f"buffers {before.dtype} -> {after.dtype}"
 
 
 def _release(layer: RunningMoments) -> str:
@@ -285,7 +303,9 @@ def _release(layer: RunningMoments) -> str:
     if layer._thawed is not None:
         notes.append("frozen parameters stay without gradient")
     _swap(layer, _TORCHS[_type(layer)])
-    for name in ("_held_dtype", *RunningMoments.__annotations__):
+    layer._buffers.pop(_MARK, None)
+    layer._non_persistent_buffers_set.discard(_MARK)
+    for name in ("_held_dtypes", *RunningMoments.__annotations__):
         layer.__dict__.pop(name, None)
     for name in ("running_mean", "running_var"):
         held = layer._buffers.get(name)
@@ -299,8 +319,13 @@ def _release(layer: RunningMoments) -> str:
 def _low_dtype(layer: nn.Module) -> torch.dtype | None:
     """The dtype below float32 that PyTorch's layer would hold its buffers in, or None."""
     weight = getattr(layer, "weight", None)
-    dtype = layer.__dict__.get("_held_dtype") if weight is None else weight.dtype
-    return dtype if dtype in (torch.float16, torch.bfloat16) else None
+    like = layer._buffers.get(_MARK) if weight is None else weight
+    if like is None:
+        return None
+    # a dtype of their own they keep until the parameters are moved to another one
+    then, held = layer.__dict__.get("_held_dtypes", (None, None))
+    dtype = held if like.dtype == then else like.dtype
+    return dtype if dtype in _LOW else None
 
 
 # -- activations ------------------------------------------------------------------------
@@ -311,7 +336,7 @@ def _fuse_all(model: nn.Module, rows: dict[str, Change]) -> None:
     able = [name for name, row in rows.items() if row.action != "skipped"]
     able = [name for name in able if _type(model.get_submodule(name)) not in _PLAIN]
     moved: dict[str, tuple[Change, str]] = {}
-    for name, (follower, reason) in _fusion.neighbors(model, able, traces).items():
+    for name, (follower, reason, proved) in _fusion.neighbors(model, able, traces).items():
         layer = model.get_submodule(name)
         if follower is not None:
             reason = _why_not_fused(model, name, follower)
@@ -321,7 +346,8 @@ def _fuse_all(model: nn.Module, rows: dict[str, Change]) -> None:
         _merge(layer, model.get_submodule(follower))
         moved[name] = rows[name], follower
         row = rows[name]._replace(action="fused", after=_kind(layer))
-        rows[name] = _noted(row, f"{layer.__dict__['act']} of {follower!r}")
+        limit = "" if proved else ", as far as a trace of forward shows"
+        rows[name] = _noted(row, f"{layer.__dict__['act']} of {follower!r}{limit}")
     if moved and traces.graphs and not _fusion.same(traces, _fusion.trace(model)):
         for name, (row, follower) in moved.items():
             _split(model.get_submodule(name), model.get_submodule(follower))
@@ -334,7 +360,7 @@ def _unfuse_all(model: nn.Module, rows: dict[str, Change]) -> None:
         return
     traces = _fusion.trace(model)
     moved: dict[str, str] = {}
-    for name, (follower, reason) in _fusion.neighbors(model, fused, traces).items():
+    for name, (follower, reason, _) in _fusion.neighbors(model, fused, traces).items():
         layer = model.get_submodule(name)
         act = layer.__dict__["act"]
         if follower is not None:
