@@ -11,7 +11,7 @@ from torch.nn import functional as F
 from torch.optim.swa_utils import update_bn
 
 import gammabeta as gb
-from gammabeta.layers import ghost, whiten
+from gammabeta.layers import ghost, renorm, whiten
 from gammabeta.models._population import eager, watch
 
 SPLITS = {
@@ -22,10 +22,10 @@ SPLITS = {
 }
 
 
-def data(n=64, mean=300.0, std=0.1):
+def data(n=64, mean=300.0, std=0.1, channels=2):
     """Images whose mean grows from the first to the last: sorted batches are all different."""
     generator = torch.Generator().manual_seed(1)
-    noise = torch.randn(n, 2, 8, 8, generator=generator)
+    noise = torch.randn(n, channels, 8, 8, generator=generator)
     ramp = torch.linspace(-1, 1, n).view(n, 1, 1, 1)
     return mean + std * (noise + ramp)
 
@@ -102,6 +102,51 @@ def test_the_variances_do_not_depend_on_how_the_data_are_split(split, order, kin
         torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-4)
 
 
+class Exact(nn.Conv2d):
+    """A convolution in float64, rounded once: equal samples have equal outputs in any batch."""
+
+    def forward(self, x):
+        y = F.conv2d(x.double(), self.weight.double(), self.bias.double())
+        return y.to(x.dtype)
+
+
+def wide(seed, kind, conv=nn.Conv2d):
+    """A net on which the rounding of float32 convolutions shows at some seeds."""
+    torch.manual_seed(seed)
+    layers: list[nn.Module] = []
+    for i, o in ((3, 8), (8, 8), (8, 8)):
+        layers += [conv(i, o, 3), kind(o), nn.ReLU()]
+    return nn.Sequential(*layers)
+
+
+def worst_split(make, x):
+    wanted = make()
+    gb.calibrate(wanted, [x])
+    worst = 0.0
+    for split in SPLITS.values():
+        model = make()
+        gb.calibrate(model, x.split(split))
+        worst = max(worst, float((variances(model) / variances(wanted) - 1).abs().max()))
+    return worst
+
+
+@pytest.mark.parametrize("kind", [nn.BatchNorm2d, gb.BatchNorm2d])
+@pytest.mark.parametrize("seed", range(3))
+def test_in_float64_the_split_leaves_no_trace(seed, kind):
+    """The data are those of float32: what is left there is the rounding inside the model."""
+    x = data(channels=3).double()
+    assert worst_split(lambda: wide(seed, kind).double(), x) < 1e-9
+
+
+@pytest.mark.parametrize("kind", [nn.BatchNorm2d, gb.BatchNorm2d])
+def test_in_float32_what_the_split_leaves_comes_from_the_convolutions(kind):
+    """float32 layers between convolutions that do not round by the size of the batch."""
+    assert worst_split(lambda: wide(0, kind, Exact), data(channels=3)) < 1e-6
+    # and those that do round much less once the mean is taken from the data
+    x = data(channels=3) - 300
+    assert worst_split(lambda: wide(0, kind), x) < 1e-5
+
+
 @pytest.mark.parametrize("kind", [nn.BatchNorm2d, gb.BatchNorm2d])
 def test_they_are_the_variances_of_all_data_taken_at_once(kind):
     x, model = data(), net(torch.float64, kind)
@@ -147,6 +192,33 @@ def test_one_pass_equals_the_moments_of_what_training_mode_lets_through():
     gb.calibrate(model, iter(x.split(16)), order="batch")
     torch.testing.assert_close(model[9].running_mean.double(), found.mean, rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(model[9].running_var.double(), found.unbiased(), rtol=1e-5, atol=0)
+
+
+@pytest.mark.parametrize(
+    "kind",
+    [
+        gb.BatchNorm1d,
+        gb.BatchNormAct1d,
+        lambda c: ghost.GhostBatchNorm1d(c, virtual_batch_size=256),
+        renorm.BatchRenorm1d,
+    ],
+)
+@pytest.mark.parametrize("frozen", [True, False])
+def test_in_one_pass_frozen_layers_normalize_by_the_batch_too(kind, frozen):
+    """Their old statistics, which are replaced, must not shape what later layers see."""
+    x = torch.randn(256, 3, generator=torch.Generator().manual_seed(1)) * 10 + 20
+    linear = nn.Linear(3, 3, bias=False)
+    nn.init.eye_(linear.weight)
+    model = nn.Sequential(kind(3), linear, gb.BatchNorm1d(3, affine=False))
+    if frozen:
+        gb.freeze(model[0])
+    before = repr(model)  # shows what is frozen, and the limits of a renormalization
+    gb.calibrate(model, [x], order="batch")
+    assert repr(model) == before
+    torch.testing.assert_close(model.eval()(x).std(0), torch.ones(3), rtol=5e-3, atol=0)
+    kept = model[0].running_var.clone()
+    model.train()(x * 2)
+    assert torch.equal(model[0].running_var, kept) == frozen
 
 
 # --- which layers, in which order ----------------------------------------------------------------
@@ -446,6 +518,15 @@ def test_on_an_error_midway_the_model_is_as_it_was(error, kind, order):
         assert not any(getattr(m, "_blocked", 0) for m in model)
 
 
+def test_on_an_error_midway_a_frozen_layer_is_frozen_again():
+    model = net(kind=gb.BatchNorm2d)
+    gb.freeze(model[5])
+    for order in ("network", "batch"):
+        with pytest.raises(OSError, match="disk"):
+            gb.calibrate(model, Breaks(OSError("disk"), 1), order=order)
+        assert [m._frozen for m in model if hasattr(m, "_frozen")] == [False, True, False]
+
+
 def shrinking():
     class Shrinking:
         passes = 0
@@ -488,6 +569,25 @@ def test_what_cannot_be_calibrated_is_said():
         gb.calibrate(nn.BatchNorm1d(1).half(), [torch.tensor([[-3e4], [3e4]]).half()])
 
 
+def test_a_model_of_whitening_layers_only_is_told_what_refreshes_them():
+    x = torch.randn(64, 4, generator=torch.Generator().manual_seed(1)) * 3
+    model = nn.Sequential(whiten.IterNorm1d(4), whiten.DecorrelatedBatchNorm1d(4))
+    with pytest.raises(ValueError, match=r"'0', '1'.*covariance.*update_bn\(batches, model\)") as e:
+        gb.calibrate(model, [x])
+    assert "without" not in str(e.value)
+    update_bn([x], model)  # the advice works
+    seen = model[0].running_cov.flatten(0, 1)
+    torch.testing.assert_close(seen, torch.cov(x.T), rtol=1e-4, atol=1e-4)
+
+
+def test_messages_of_a_layer_name_it_after_calibration():
+    model = nn.Sequential(gb.BatchNorm1d(4), whiten.IterNorm1d(4))
+    gb.calibrate(model, [torch.randn(16, 4)])
+    for name in ("0", "1"):
+        with pytest.raises(ValueError, match=rf"'{name}': expected"):
+            model.get_submodule(name)(torch.randn(2, 4, 2, 2, 2))
+
+
 def test_layers_that_feed_each_other_in_turn_are_said():
     model = nn.ModuleDict({"a": nn.BatchNorm1d(2), "b": nn.BatchNorm1d(2)})
 
@@ -528,6 +628,25 @@ def _rank(rank, folder):
     wrapped = nn.parallel.DistributedDataParallel(net())
     gb.calibrate(wrapped, mine)
     results["wrapped"] = (statistics(wrapped.module), 0)
+    for kind in (gb.BatchNorm2d, nn.SyncBatchNorm):
+        for order in ("network", "batch"):
+            # a layer without statistics meets the other ranks in eval mode too
+            own = kind(2, track_running_stats=False)
+            model = nn.Sequential(own, *net(kind=kind))
+            if kind is gb.BatchNorm2d:
+                gb.sync_statistics(model)
+            meetings = [getattr(m, "_group", None) for m in model]
+            gb.calibrate(model, mine, order=order)
+            assert all(
+                a is getattr(m, "_group", None) for a, m in zip(meetings, model, strict=True)
+            )
+            with pytest.raises(OSError if rank == 0 else RuntimeError, match="disk"):
+                gb.calibrate(model, Breaks(OSError("disk"), 1) if rank == 0 else mine, order=order)
+            assert all(
+                a is getattr(m, "_group", None) for a, m in zip(meetings, model, strict=True)
+            )
+            assert (meetings[0] is not None) == (kind is gb.BatchNorm2d)
+            results[f"{kind.__name__} {order}"] = (statistics(model), 0)
     torch.save(results, f"{folder}/{rank}.pt")
     dist.destroy_process_group()
 
@@ -548,5 +667,13 @@ def test_two_ranks_with_uneven_data_end_with_the_statistics_of_all(tmp_path):
     gb.calibrate(in_one, [x[:4], x[4:5], x[5:18], x[18:]], order="batch")
     for key, value in statistics(in_one).items():
         torch.testing.assert_close(first["batch"][0][key], value, rtol=1e-5, atol=1e-5)
+    for order in ("network", "batch"):
+        alone = nn.Sequential(nn.BatchNorm2d(2, track_running_stats=False), *net())
+        gb.calibrate(alone, [x[:4], x[4:5], x[5:18], x[18:]], order=order)
+        for kind in ("BatchNorm2d", "SyncBatchNorm"):
+            for key, value in statistics(alone).items():
+                ranks = [part[f"{kind} {order}"][0][key] for part in (first, second)]
+                assert torch.equal(*ranks), "the ranks disagree"
+                torch.testing.assert_close(ranks[0], value, rtol=1e-4, atol=1e-4)
     assert first["error"] == "OSError: disk"
     assert "rank 0 of the group failed with OSError('disk')" in second["error"]

@@ -30,9 +30,13 @@ def ours(model: nn.Module, function: str) -> dict[str, RunningMoments]:
 
 
 def any_kind(model: nn.Module) -> dict[str, _BatchNorm | RunningMoments]:
-    """The batch normalizations by qualified name, ours and PyTorch's, each once."""
-    return {
+    """The batch normalizations by qualified name, ours (labeled) and PyTorch's, each once."""
+    found = {
         name: module
         for name, module in model.named_modules()
         if isinstance(module, RunningMoments | _BatchNorm)
     }
+    for name, layer in found.items():
+        if isinstance(layer, RunningMoments):
+            layer._label = name
+    return found

@@ -7,15 +7,17 @@ its calls came before in that pass.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
 from torch import distributed as dist
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from gammabeta.layers._running import RunningMoments
+from gammabeta.layers.renorm import _Renorm
 from gammabeta.moments import Moments
 
 if TYPE_CHECKING:  # torch leaves this class without types
@@ -179,6 +181,53 @@ def _memory(x: Tensor) -> int:
         return int(x.untyped_storage()._cdata)
     except (NotImplementedError, RuntimeError):  # sparse and opaque layouts
         return 0
+
+
+@contextmanager
+def apart(model: nn.Module) -> Iterator[None]:
+    """Keep our layers from meeting other ranks, who may have more batches or fewer."""
+    layers = [module for module in model.modules() if isinstance(module, RunningMoments)]
+    held = [(layer, layer._group) for layer in layers if layer._group is not None]
+    try:
+        for layer, _ in held:
+            layer._group = None
+        yield
+    finally:
+        for layer, group in held:
+            layer._group = group
+
+
+@contextmanager
+def by_batch(layers: Iterable[_BatchNorm | RunningMoments]) -> Iterator[None]:
+    """Let ``layers``, in eval mode, normalize by each batch's own statistics and enter none.
+
+    Frozen layers and batch renormalization too. The mode is left to the caller to restore.
+    """
+    with ExitStack() as undo:
+        for layer in layers:
+            if isinstance(layer, RunningMoments):
+                undo.callback(setattr, layer, "_blocked", layer._blocked)
+                layer._blocked += 1
+                if layer._frozen:
+                    undo.callback(setattr, layer, "_frozen", True)
+                    layer._frozen = False
+                if isinstance(layer, _Renorm):
+                    # with these limits it is batch normalization, not drawn to old statistics
+                    for key, least in (("r_max", 1.0), ("d_max", 0.0)):
+                        undo.callback(setattr, layer, key, getattr(layer, key))
+                        setattr(layer, key, least)
+                layer.training = True
+            elif isinstance(layer, nn.SyncBatchNorm):
+                # in training mode it would meet the other ranks; without statistics it takes
+                # the batch's in eval mode too
+                for key in ("running_mean", "running_var"):
+                    undo.callback(layer._buffers.__setitem__, key, layer._buffers[key])
+                    layer._buffers[key] = None
+            else:  # PyTorch's layers leave buffers alone that they do not track
+                undo.callback(setattr, layer, "track_running_stats", layer.track_running_stats)
+                layer.track_running_stats = False
+                layer.training = True
+        yield
 
 
 @contextmanager
