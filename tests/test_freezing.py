@@ -7,6 +7,7 @@ import pytest
 import torch
 from running import COPIES, batch, held, network, same
 from torch import nn
+from torch.nn.utils import parametrize
 
 import gammabeta as gb
 
@@ -108,6 +109,109 @@ def test_a_frozen_layer_normalizes_a_single_value_in_training_mode():
     layer = gb.BatchNorm1d(2)
     gb.freeze(layer)
     assert layer(torch.zeros(1, 2)).shape == (1, 2)
+
+
+# -- parameters of several layers, of parametrizations, of lazy layers ------------------------
+
+
+class Doubled(nn.Module):
+    """A parametrization that learns something itself."""
+
+    def __init__(self):
+        super().__init__()
+        self.shift = nn.Parameter(torch.zeros(()))
+
+    def forward(self, weight):
+        return 2 * weight + self.shift
+
+
+def tied():
+    first, second = gb.BatchNorm1d(3), gb.BatchNorm1d(3)
+    second.weight, second.bias = first.weight, first.bias
+    first.bias.requires_grad_(False)
+    return nn.Sequential(first, second)
+
+
+@pytest.mark.parametrize("parts", [["all"], [0, "all"], [1, "all"], [0, 1]], ids=str)
+def test_parameters_that_two_layers_share_are_restored_however_they_were_frozen(parts):
+    model = tied()
+    for part in parts:
+        gb.freeze(model if part == "all" else model[part], affine=True)
+    assert not any(p.requires_grad for p in model.parameters())
+    report = gb.unfreeze(model)
+    assert [entry.affine for entry in report] == [False, False]
+    assert [p.requires_grad for p in model.parameters()] == [True, False]
+
+
+def test_what_a_parametrization_makes_gamma_of_is_frozen_and_restored():
+    layer = gb.BatchNorm1d(3)
+    parametrize.register_parametrization(layer, "weight", Doubled())
+    layer.bias.requires_grad_(False)
+    before = {name: p.requires_grad for name, p in layer.named_parameters()}
+    assert sum(before.values()) == 2
+    (entry,) = gb.freeze(layer, affine=True)
+    assert entry.affine
+    assert not any(p.requires_grad for p in layer.parameters())
+    assert not layer.weight.requires_grad
+    gb.unfreeze(layer)
+    assert {name: p.requires_grad for name, p in layer.named_parameters()} == before
+
+
+def test_freezing_again_freezes_what_has_come_since_and_remembers_both():
+    layer = gb.BatchNorm1d(3)
+    gb.freeze(layer, affine=True)
+    parametrize.register_parametrization(layer, "weight", Doubled())
+    assert layer.weight.requires_grad
+    gb.freeze(layer, affine=True)
+    assert not layer.weight.requires_grad
+    gb.unfreeze(layer)
+    assert all(p.requires_grad for p in layer.parameters())
+
+
+def test_a_parametrization_that_comes_or_goes_while_frozen_loses_no_state():
+    layer = gb.BatchNorm1d(3)
+    gb.freeze(layer, affine=True)
+    parametrize.register_parametrization(layer, "weight", nn.Softplus())
+    gb.unfreeze(layer)
+    assert all(p.requires_grad for p in layer.parameters())
+    gb.freeze(layer, affine=True)
+    parametrize.remove_parametrizations(layer, "weight")
+    gb.unfreeze(layer)
+    assert layer.weight.requires_grad
+
+
+def test_a_lazy_layer_is_frozen_before_its_first_batch_and_the_report_says_at_what():
+    model = nn.Sequential(gb.BatchNorm1d(3), gb.LazyBatchNorm1d(), nn.Linear(3, 3))
+    model[1].bias.requires_grad = False
+    plain, lazy = gb.freeze(model, affine=True)
+    assert (plain.note, lazy.statistics, lazy.affine) == ("", True, True)
+    assert "Run one batch" in lazy.note
+    x = torch.randn(8, 3)
+    model[:2](x)
+    assert type(model[1]) is gb.BatchNorm1d
+    torch.testing.assert_close(model[1](x), x, rtol=1e-4, atol=1e-4)  # mean 0, variance 1
+    assert model[1].num_batches_tracked == 0
+    assert [p.requires_grad for p in model.parameters()] == [False] * 4 + [True] * 2
+    assert [entry.note for entry in gb.freeze(model)] == ["", ""]
+    gb.unfreeze(model)
+    assert [p.requires_grad for p in model[1].parameters()] == [True, False]
+
+
+def test_a_lazy_layer_is_unfrozen_before_its_first_batch_too():
+    layer = gb.LazyBatchNorm1d()
+    layer.bias.requires_grad = False
+    gb.freeze(layer, affine=True)
+    gb.unfreeze(layer)
+    layer(torch.randn(8, 3))
+    assert [p.requires_grad for p in layer.parameters()] == [True, False]
+    assert layer.num_batches_tracked == 1
+
+
+def test_a_lazy_layer_without_running_statistics_has_one_note():
+    (entry,) = gb.freeze(gb.LazyBatchNorm1d(track_running_stats=False))
+    assert not entry.statistics
+    assert "track_running_stats=False" in entry.note
+    assert "Run one batch" not in entry.note
 
 
 # -- copies in every state ------------------------------------------------------------------
