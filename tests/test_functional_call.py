@@ -196,3 +196,75 @@ def test_functional_call_inside_accumulate_writes_nothing_either():
         _, buffers = gb.functional_call(layer, {}, batch(8, 3))
     same(held(layer), before)
     assert buffers["num_batches_tracked"] == 1
+
+
+# -- one buffer with several names ------------------------------------------------------------
+
+
+def shared():
+    layer = gb.BatchNorm1d(3, momentum=0.5).double()
+    return nn.Sequential(layer, nn.Linear(3, 3).double(), layer, layer)
+
+
+@pytest.mark.parametrize("names", [["2"], ["3"], ["0", "2"], ["2", "3"]], ids=str)
+def test_functional_call_takes_a_buffer_by_any_of_its_names_and_returns_it_by_these(names):
+    model, x = shared(), batch(8, 3)
+    mean = batch(3)
+    kept, before = mean.clone(), held(model)
+    twin = copy.deepcopy(model)
+    twin[0].running_mean.copy_(mean)
+    y, buffers = gb.functional_call(model, {f"{name}.running_mean": mean for name in names}, x)
+    torch.testing.assert_close(y, twin(x), rtol=1e-12, atol=1e-12)
+    wanted = {f"{name}.running_mean": twin[0].running_mean for name in names}
+    wanted["0.running_var"] = twin[0].running_var
+    wanted["0.num_batches_tracked"] = twin[0].num_batches_tracked
+    same({name: buffers[name] for name in wanted}, wanted, rtol=1e-12)
+    assert buffers.keys() == wanted.keys()
+    assert torch.equal(mean, kept)
+    same(held(model), before)
+    _, again = gb.functional_call(model, buffers, x)  # what came back is taken again
+    twin(x)
+    torch.testing.assert_close(again["0.running_var"], twin[0].running_var, rtol=1e-12, atol=0)
+    assert again.keys() == wanted.keys()
+
+
+def test_functional_call_takes_one_value_by_all_names_of_a_shared_layer():
+    model, x = shared(), batch(8, 3)
+    twin = copy.deepcopy(model)
+    given = dict(model.named_buffers(remove_duplicate=False))
+    _, buffers = gb.functional_call(model, given, x)
+    twin(x)
+    assert buffers.keys() == {f"{i}.{key}" for i in (0, 2, 3) for key in model[0]._buffers}
+    for i in (0, 2, 3):
+        for key, value in twin[0]._buffers.items():
+            torch.testing.assert_close(buffers[f"{i}.{key}"], value, rtol=1e-12, atol=0)
+
+
+def test_functional_call_leaves_a_given_buffer_of_another_module_alone_by_any_name():
+    counter = Counter()
+    model = nn.Sequential(counter, gb.BatchNorm1d(3), counter)
+    calls = torch.tensor(5.0)
+    _, buffers = gb.functional_call(model, {"2.calls": calls}, torch.randn(8, 3))
+    assert (buffers["2.calls"], calls, counter.calls) == (7, 5, 0)
+    assert "0.calls" not in buffers
+
+
+def test_functional_call_refuses_two_values_for_one_buffer():
+    model = shared()
+    given = {"0.running_mean": torch.zeros(3), "2.running_mean": torch.ones(3)}
+    with pytest.raises(ValueError, match=r"one value.*'0\.running_mean', '2\.running_mean'"):
+        gb.functional_call(model, given, batch(8, 3))
+    same(held(model), held(shared()))
+
+
+def test_functional_call_leaves_no_given_parameter_in_a_shared_module():
+    """As ``torch.func.functional_call`` of PyTorch 2.13 does."""
+    linear = nn.Linear(3, 3)
+    model = nn.Sequential(linear, gb.BatchNorm1d(3), linear)
+    weight, given = linear.weight, torch.eye(3)
+    x = torch.randn(8, 3)
+    y, _ = gb.functional_call(model, {"0.weight": given}, x)
+    again, _ = gb.functional_call(model, {"2.weight": given}, x)
+    assert linear.weight is weight
+    assert torch.equal(y, again)
+    assert not torch.equal(y, model(x))

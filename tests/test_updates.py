@@ -159,6 +159,28 @@ def test_an_exception_inside_accumulate_commits_nothing():
     assert all(model[i].num_batches_tracked == 1 for i in (1, 4))
 
 
+@pytest.mark.parametrize("momentum", [0.1, None])
+def test_an_exception_on_leaving_accumulate_commits_nothing_of_any_layer(momentum):
+    model = nn.ModuleList(gb.BatchNorm1d(2, momentum=momentum) for _ in range(3))
+    good, bad = torch.randn(4, 2), torch.full((4, 2), torch.nan)
+    for layer in model:
+        layer(good)
+    before = held(model)
+    block = contextlib.ExitStack()
+    block.enter_context(gb.accumulate(model))
+    for layer, x in zip(model, (good, bad, good), strict=True):
+        layer(x)
+    # the filters of this test run make an error of the warning
+    with pytest.raises(gb.StatisticsWarning, match="'1'"):
+        block.close()
+    same(held(model), before)
+    assert gb.skipped(model) == {"0": 0, "1": 0, "2": 0}
+    with gb.accumulate(model):
+        for layer in model:
+            layer(good)
+    assert [layer.num_batches_tracked.item() for layer in model] == [2, 2, 2]
+
+
 def test_nesting_accumulate_is_an_error_that_names_the_layer_and_spares_the_outer_one():
     model, twin = network(), network()
     twin.load_state_dict(model.state_dict())

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from gammabeta.layers._running import RunningMoments
 from gammabeta.models._find import ours
 
 
@@ -18,7 +19,7 @@ def accumulate(model: nn.Module) -> Iterator[None]:
 
     As if their batches had been one: the merged mean and variance are exact, the momentum is
     applied once, ``num_batches_tracked`` grows by one. For gradient accumulation. After an
-    exception nothing is committed.
+    exception nothing is committed, nor if it is committing that raises it.
 
     Raises:
         RuntimeError: one of the layers is inside another ``accumulate`` already.
@@ -43,12 +44,30 @@ def accumulate(model: nn.Module) -> Iterator[None]:
         layer._pending = []
     try:
         yield
-        for layer in layers.values():
-            for merged in layer._pending or []:
-                layer._commit(merged)
+        _commit_all([layer for layer in layers.values() if layer._pending])
     finally:
         for layer in layers.values():
             layer._pending = None
+
+
+def _commit_all(layers: list[RunningMoments]) -> None:
+    """Commit what each layer has merged; after an exception the buffers are as before."""
+    written = [
+        value
+        for layer in layers
+        for value in (*layer._buffers.values(), layer._skipped)
+        if value is not None
+    ]
+    before = [value.clone() for value in written]
+    try:
+        for layer in layers:
+            for merged in layer._pending or []:
+                layer._commit(merged)
+    except BaseException:
+        with torch.no_grad():
+            for value, old in zip(written, before, strict=True):
+                value.copy_(old)
+        raise
 
 
 @contextmanager
@@ -107,15 +126,18 @@ def functional_call(
 
     Args:
         model: any module; its batch normalizations must be ours.
-        params_and_buffers: by qualified name; what is not given is taken from the model.
+        params_and_buffers: by qualified name, for a tensor with several names any of them; what
+            is not given is taken from the model.
         args: the positional arguments, a tuple, or one argument.
         kwargs: the keyword arguments.
 
     Returns:
-        (output, new buffers by name).
+        (output, new buffers by name). A buffer with several names has the ones it was given by,
+        else the first.
 
     Raises:
-        ValueError: the model has batch normalizations of ``torch.nn``.
+        ValueError: the model has batch normalizations of ``torch.nn``, or one tensor of the model
+            was given different values by different names.
 
     >>> import torch, gammabeta as gb
     >>> layer = gb.BatchNorm1d(1, momentum=1.0)
@@ -124,28 +146,55 @@ def functional_call(
     (tensor([2.]), tensor([0.]))
     """
     layers = ours(model, "functional_call")
-    own = set(map(id, layers.values()))
-    written = {
-        f"{name}.{key}" if name else key
-        for name, module in model.named_modules()
-        if id(module) not in own
-        for key in module._buffers
-    }
     given = dict(params_and_buffers)
-    for name, buffer in model.named_buffers():
-        # other modules may write in place: into a copy then
-        if name in written:
-            given[name] = given.get(name, buffer).clone()
-        else:
-            given.setdefault(name, buffer)
+    tensors, buffers = _tied(model)
+    returned = []
+    for names in tensors:
+        taken = [name for name in names if name in params_and_buffers]
+        values = [given.pop(name) for name in taken]
+        if any(value is not values[0] for value in values):
+            raise ValueError(
+                "gammabeta.functional_call: a tensor of the model must be given one value, got "
+                f"different ones for {', '.join(map(repr, taken))}, which are names of the same "
+                "tensor. Give it by one of them."
+            )
+        held = buffers.get(next(iter(names)))
+        if held is not None:
+            value = values[0] if values else held
+            # other modules may write in place: into a copy then
+            foreign = any(not isinstance(owner, RunningMoments) for owner, _ in names.values())
+            values = [value.clone() if foreign else value]
+            returned += [(name, names[name][1]) for name in taken or list(names)[:1]]
+        if values:
+            given.update((place, values[0]) for _, place in names.values())
     before = {layer: layer._rebind for layer in layers.values()}
     for layer in before:
         layer._rebind = True
     try:
         output = torch.func.functional_call(
-            model, given, args, dict(kwargs) if kwargs is not None else None
+            model, given, args, dict(kwargs) if kwargs is not None else None, tie_weights=False
         )
     finally:
         for layer, rebind in before.items():
             layer._rebind = rebind
-    return output, {name: given[name] for name, _ in model.named_buffers()}
+    return output, {name: given[place] for name, place in returned}
+
+
+def _tied(
+    model: nn.Module,
+) -> tuple[list[dict[str, tuple[nn.Module, str]]], dict[str, Tensor]]:
+    """All names of each tensor of ``model``, and its buffers by all their names.
+
+    With each name comes the module that owns the tensor, and the first name of this place. Only
+    places may be set: where a module has several names, PyTorch sets a tensor by each of them,
+    restores in the same order, and so leaves the given tensor in the model.
+    """
+    buffers = dict(model.named_buffers(remove_duplicate=False))
+    modules = dict(model.named_modules(remove_duplicate=False))
+    first: dict[tuple[int, str], str] = {}
+    tied: dict[int, dict[str, tuple[nn.Module, str]]] = {}
+    for name, tensor in (*model.named_parameters(remove_duplicate=False), *buffers.items()):
+        path, _, key = name.rpartition(".")
+        place = first.setdefault((id(modules[path]), key), name)
+        tied.setdefault(id(tensor), {})[name] = (modules[path], place)
+    return list(tied.values()), buffers
