@@ -77,7 +77,7 @@ def calibrate(
     longest chain of layers that feed each other (50 normalizations in a row cost 50 passes), and
     does not depend on how the data are split into batches, up to the rounding of what lies
     between the layers: a float32 convolution rounds one sample differently in a batch of 1 and of
-    64. Beside a mean of 300 and a deviation of 0.1 that moved variances by up to 2.6e-4, relatively
+    64. Beside a mean of 300 and a deviation of 0.1 that moved variances by up to 3.5e-4, relatively
     (2e-7 with the mean taken from the data, 1e-12 in float64; see the guide to statistics).
     A layer that is called several times in a forward pass pools all its calls; while it is at
     work it normalizes with those it has finished.
