@@ -6,6 +6,7 @@
                                   run.log       and what it said meanwhile
     RUN/failed/<experiment>/<name>/             a cell that raised: spec.json, error.txt
     RUN/verdicts.json, RUN/figures.json         derived from the rows; may be made again
+    RUN/<experiment>.jsonl.gz                   packed cells, kept of accepted runs
 
 A cell's name is a hash of its specification and its folder arrives by one rename, so presence
 means done, nothing is ever seen half-written, two writers need no lock (also on a network file
@@ -16,6 +17,7 @@ from a stranger: links are not followed, sizes are bounded, every field is check
 from gammabeta._runs._atomic import (
     remove_dead,
     write_json,
+    write_whole,
 )
 from gammabeta._runs._cells import (
     StoredCell,
@@ -23,7 +25,7 @@ from gammabeta._runs._cells import (
     check_spec,
     forget_failure,
     has_cell,
-    read_cells,
+    has_failed,
     read_failed,
     rows_text,
     write_cell,
@@ -45,8 +47,18 @@ from gammabeta._runs._derived import (
     read_figures,
     read_verdicts,
 )
+from gammabeta._runs._packed import (
+    MAX_PACKED,
+    pack,
+    packed_files,
+    read_cells,
+    read_packed,
+    thin,
+    write_packed,
+)
 
 __all__ = [
+    "MAX_PACKED",
     "SCHEMA",
     "STATUSES",
     "Row",
@@ -60,15 +72,22 @@ __all__ = [
     "check_verdicts",
     "forget_failure",
     "has_cell",
+    "has_failed",
+    "pack",
+    "packed_files",
     "read_cells",
     "read_claims",
     "read_failed",
     "read_figures",
     "read_json",
+    "read_packed",
     "read_verdicts",
     "remove_dead",
     "rows_text",
+    "thin",
     "write_cell",
     "write_failed",
     "write_json",
+    "write_packed",
+    "write_whole",
 ]

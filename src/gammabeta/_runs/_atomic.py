@@ -23,9 +23,9 @@ def _temp_name(name: str) -> str:
     return f".tmp-{name}-{HOST}-{os.getpid()}-{secrets.token_hex(4)}"
 
 
-def _write(path: Path, text: str) -> None:
-    with open(path, "x", encoding="utf-8", newline="\n") as file:
-        file.write(text)
+def _write(path: Path, contents: bytes) -> None:
+    with open(path, "xb") as file:
+        file.write(contents)
         file.flush()
         os.fsync(file.fileno())
 
@@ -48,7 +48,7 @@ def arrive(final: Path, files: Mapping[str, str], replace: bool) -> None:
     try:
         temp.mkdir()
         for name, text in files.items():
-            _write(temp / name, text)
+            _write(temp / name, text.encode())
         _sync_folder(temp)
         while not _renamed(temp, final):
             if not replace:
@@ -81,11 +81,15 @@ def dump(value: Any) -> str:
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Write a JSON file under a temporary name and rename it; NaN and infinity are refused."""
-    text = dump(value)
+    """Write a JSON file whole or not at all; NaN and infinity are refused."""
+    write_whole(path, dump(value).encode())
+
+
+def write_whole(path: Path, contents: bytes) -> None:
+    """Write a file under a temporary name and rename it: all of it is there, or what was."""
     temp = path.parent / _temp_name("0" * 16)
     try:
-        _write(temp, text)
+        _write(temp, contents)
         temp.replace(path)
         _sync_folder(path.parent)
     finally:

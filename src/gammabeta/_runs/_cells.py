@@ -5,7 +5,7 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -24,6 +24,7 @@ from gammabeta._runs._check import (
     fail,
     is_id,
     is_int,
+    is_number,
     need,
     parse,
     read_bytes,
@@ -34,11 +35,11 @@ from gammabeta._runs._check import (
 
 _NAME = re.compile(r"[0-9a-f]{16}")
 _HASHED = ("schema", "experiment", "arm", "seed", "budget", "data", "code")
-_MAX_ROWS = 500_000  # 50 MB of "{}" would be gigabytes of dictionaries
+MAX_ROWS = 500_000  # 50 MB of "{}" would be gigabytes of dictionaries
 
 
 class StoredCell(NamedTuple):
-    """One finished cell as it lies on disk."""
+    """One finished cell as it lies on disk; the last part of its path is its name."""
 
     spec: dict[str, Any]
     rows: list[Row]
@@ -74,6 +75,8 @@ def check_spec(spec: Mapping[str, Any], path: Path) -> None:
     digest = data.get("digest", "")
     hexa = re.fullmatch(r"[0-9a-f]{8,64}", digest) is not None
     need(hexa, path, "data.digest", "8 to 64 hex digits", digest)
+    cpu = spec.get("cpu_seconds", 0)
+    need(is_number(cpu) and cpu >= 0, path, "cpu_seconds", "a number of 0 or more", cpu)
 
 
 def cell_name(spec: Mapping[str, Any]) -> str:
@@ -85,6 +88,11 @@ def cell_name(spec: Mapping[str, Any]) -> str:
 def has_cell(run: Path, spec: Mapping[str, Any]) -> bool:
     """Whether the cell of this specification is finished in this run folder."""
     return Path(run, "cells", spec["experiment"], cell_name(spec)).is_dir()
+
+
+def has_failed(run: Path, spec: Mapping[str, Any]) -> bool:
+    """Whether this run folder holds a failure of the cell of this specification."""
+    return Path(run, "failed", spec["experiment"], cell_name(spec)).is_dir()
 
 
 # --- reading ----------------------------------------------------------------------------------
@@ -111,6 +119,8 @@ def _folders(path: Path, pattern: re.Pattern[str], what: str) -> Iterator[Path]:
 
 def _cell_folders(run: Path, kind: str, experiment: str | None) -> Iterator[Path]:
     check_run(run)
+    if not run.is_dir():
+        return  # a file of packed cells
     for folder in _folders(run / kind, ID, "an experiment's folder"):
         if experiment in (None, folder.name):
             yield from _folders(folder, _NAME, "a cell's folder")
@@ -131,11 +141,11 @@ def _read_rows(path: Path, spec: dict[str, Any]) -> list[Row]:
     lines = contents.split(b"\n")
     if lines and not lines[-1]:
         lines.pop()
-    need(len(lines) <= _MAX_ROWS, path, "the rows", f"at most {_MAX_ROWS}", len(lines))
+    need(len(lines) <= MAX_ROWS, path, "the rows", f"at most {MAX_ROWS}", len(lines))
     rows: list[Row] = []
     for number, line in enumerate(lines, 1):
         row = parse(line, path, f"line {number}")
-        _check_row(row, arm, path, f"line {number}")
+        check_row(row, arm, path, f"line {number}")
         rows.append(row)
     # a file that lost lines or was edited reads as well as the one that was stored
     need(bool(rows), path, "the rows", "at least one", "none")
@@ -144,7 +154,7 @@ def _read_rows(path: Path, spec: dict[str, Any]) -> list[Row]:
     return rows
 
 
-def _check_row(row: object, arm: Mapping[str, Scalar], path: Path, field: str) -> None:
+def check_row(row: object, arm: Mapping[str, Scalar], path: Path, field: str) -> None:
     scalars(row, path, field)
     taken = {*arm, "seed", "budget", "data"}
     if isinstance(row, dict) and (both := taken & row.keys()):
@@ -152,20 +162,18 @@ def _check_row(row: object, arm: Mapping[str, Scalar], path: Path, field: str) -
         raise fail(path, field, expected, show(sorted(both)))
 
 
-def read_cells(paths: Sequence[Path], experiment: str | None = None) -> list[StoredCell]:
-    """The finished cells of several run folders, each name once (the first folder's), in order."""
-    found: dict[tuple[str, str], StoredCell] = {}
-    for run in paths:
-        for folder in _cell_folders(Path(run), "cells", experiment):
-            key = (folder.parent.name, folder.name)
-            if key not in found:
-                spec = _read_spec(folder)
-                rows = _read_rows(folder / "rows.jsonl", spec)
-                found[key] = StoredCell(spec, rows, folder)
-    return sorted(found.values(), key=lambda cell: _order(cell.spec))
+def folder_cells(
+    run: Path, experiment: str | None, known: Collection[tuple[str, str]] = ()
+) -> Iterator[StoredCell]:
+    """The finished cells below a run folder's cells/, those aside whose id and name are known."""
+    for folder in _cell_folders(run, "cells", experiment):
+        if (folder.parent.name, folder.name) not in known:
+            spec = _read_spec(folder)
+            rows = _read_rows(folder / "rows.jsonl", spec)
+            yield StoredCell(spec, rows, folder)
 
 
-def _order(spec: Mapping[str, Any]) -> tuple[Any, ...]:
+def order(spec: Mapping[str, Any]) -> tuple[Any, ...]:
     arm = json.dumps(spec["arm"], sort_keys=True)
     return (spec["experiment"], arm, spec["seed"], cell_name(spec))
 
@@ -179,7 +187,7 @@ def read_failed(paths: Sequence[Path]) -> list[dict[str, Any]]:
             if folder.name not in found and not any(has_cell(p, spec) for p in paths):
                 text = read_bytes(folder / "error.txt", MAX_SMALL).decode("utf-8", "replace")
                 found[folder.name] = {"spec": spec, "error": text, "path": folder}
-    return sorted(found.values(), key=lambda failed: _order(failed["spec"]))
+    return sorted(found.values(), key=lambda failed: order(failed["spec"]))
 
 
 # --- writing ----------------------------------------------------------------------------------
@@ -214,11 +222,11 @@ def rows_text(spec: Mapping[str, Any], rows: Iterable[Row]) -> str:
     try:
         check_spec(spec, place)
         for number, row in enumerate(rows, 1):
-            _check_row(row, spec["arm"], place, f"row {number}")
+            check_row(row, spec["arm"], place, f"row {number}")
             lines.append(json.dumps(row, sort_keys=True, allow_nan=False) + "\n")
         size = sum(map(len, lines))
-        few = size <= MAX_JSON and len(lines) <= _MAX_ROWS
-        expected = f"at most {MAX_JSON / MB:.0f} MB and {_MAX_ROWS} rows"
+        few = size <= MAX_JSON and len(lines) <= MAX_ROWS
+        expected = f"at most {MAX_JSON / MB:.0f} MB and {MAX_ROWS} rows"
         need(few, place, "the size", expected, f"{size / MB:.0f} MB, {len(lines)} rows")
     except RunError as error:
         raise RunError(str(error).replace(REMOVE, "Mend the experiment.")) from None

@@ -23,7 +23,8 @@ _COLUMN = re.compile(r"[A-Za-z][A-Za-z0-9_]{0,63}")
 REMOVE = "Remove it and run the same command again."
 MB = 1_000_000
 MAX_JSON = 50 * MB  # also for one cell's rows
-MAX_SMALL = 2 * MB  # a specification, a traceback
+MAX_SMALL = 2 * MB  # a specification, a traceback, packed cells
+PACKED = ".jsonl.gz"
 
 
 class RunError(ValueError):
@@ -125,12 +126,17 @@ def read_json(path: Path, what: str, limit: int = MAX_JSON) -> dict[str, Any]:
     value = parse(read_bytes(path, limit), path, what)
     if not isinstance(value, dict):
         raise fail(path, what, "an object", show(value))
+    check_schema(value, path, what)
+    return value
+
+
+def check_schema(value: Mapping[str, Any], path: Path, what: str) -> None:
+    """Raise RunError unless this version reads the format; a newer one is named."""
     schema: Any = value.get("schema")
     need(is_int(schema) and schema >= 1, path, f"{what}: schema", "a whole number", schema)
     if schema > SCHEMA:
         do = f"Read it with {_version_that_reads(value)}."
         raise fail(path, f"{what}: schema", f"at most {SCHEMA}", str(schema), do)
-    return value
 
 
 def _version_that_reads(value: Mapping[str, Any]) -> str:
@@ -144,11 +150,14 @@ def _version_that_reads(value: Mapping[str, Any]) -> str:
 
 
 def check_run(path: Path) -> None:
-    """Raise RunError unless `path` is a folder that holds cells, failures or a registry."""
-    expected = "a run folder (it holds cells/, failed/ or claims.json)"
+    """Raise RunError unless `path` is a run folder, or holds or is a file of packed cells."""
+    expected = "a run folder (it holds cells/, failed/, claims.json or *.jsonl.gz)"
     do = "Give a folder that `gammabeta study run --out` has made."
+    if path.name.endswith(PACKED) and path.is_file():
+        return
     if not path.is_dir():
         came = "a file" if path.exists() else "nothing"
         raise fail(path, "the folder", expected, came, do)
-    if not any((path / part).exists() for part in ("cells", "failed", "claims.json")):
+    parts = any((path / part).exists() for part in ("cells", "failed", "claims.json"))
+    if not parts and not any(path.glob(f"[!.]*{PACKED}")):
         raise fail(path, "the folder", expected, "a folder without them", do)
