@@ -292,7 +292,9 @@ def test_a_failed_cell_stops_no_other_and_its_command_repeats_it(tmp_path, make)
     with pytest.raises(MemoryError, match="too much"):
         _run.run_one(failure.name, out, catalogue=catalogue)
     again = run_plain(catalogue, out)
-    assert (again.done, again.skipped, len(again.failed)) == (0, 2, 1)
+    assert (again.done, again.skipped, again.failed, again.failed_before) == (0, 2, (), 1)
+    again = run_plain(catalogue, out, retry_failed=True)
+    assert (again.done, again.skipped, len(again.failed), again.failed_before) == (0, 2, 1, 0)
 
 
 def test_a_mended_cell_is_a_failure_no_more(tmp_path, make):
@@ -392,9 +394,11 @@ def test_an_estimate_counts_all_waves_and_writes_nothing(whole, tmp_path):
     guess = _run.estimate(["toy"], out=tmp_path / "run", **options)
     assert not (tmp_path / "run").exists()
     assert [wave[:3] for wave in guess.waves] == [("toy", 0, 3), ("toy", 1, 8)]
-    assert guess.seconds == pytest.approx(guess.timed_seconds * 11 / 2)
+    assert guess.seconds == pytest.approx(guess.cpu_seconds / 2)
+    assert guess.measured_seconds > 0
     before = sorted(whole.rglob("*"))
-    assert _run.estimate(["toy"], out=whole, **options).present == 3
+    known = _run.estimate(["toy"], out=whole, **options)
+    assert (known.present, known.cells, known.measured_seconds) == (3, 8, 0)
     assert sorted(whole.rglob("*")) == before
 
 
@@ -521,7 +525,9 @@ def test_rows_of_other_code_are_counted_and_never_mixed(tmp_path, make):
     assert len(old.cells) == 2
     assert "made by other code" in old.notes[0]
     result = run_plain(changed, out)
-    assert (result.done, result.skipped, result.stale) == (3, 0, 2)
+    assert (result.done, result.skipped, result.stale, result.held) == (0, 0, 2, {"plain": 2})
+    result = run_plain(changed, out, refresh=True)
+    assert (result.done, result.skipped, result.stale, result.held) == (3, 0, 2, {})
     new = _judge.select(_runs.read_cells([out]), code)
     assert {cell.spec["code"] for cell in new.cells} == {code}
     assert len(new.rows()) == 3

@@ -322,18 +322,28 @@ def estimate(found: Estimate) -> None:
     right = {"justify": "right", "no_wrap": True}
     names = ("wave", "cells", "CPU seconds", "time")
     table = _table(("experiment", {}), *((name, right) for name in names))
-    for wave in found.waves:
-        cpu = wave.seconds * found.jobs
+
+    def add(name: str, wave: str, cells: int, cpu: float) -> None:
         shown = f"{cpu:.0f}" if cpu >= 10 else f"{cpu:.1f}"
-        spent = duration(max(wave.seconds, 1))
-        table.add_row(wave.experiment, f"{wave.wave}", f"{wave.cells}", shown, spent)
+        table.add_row(name, wave, f"{cells}", shown, duration(max(cpu / found.jobs, 1)))
+
+    for name in dict.fromkeys(wave.experiment for wave in found.waves):
+        waves = [wave for wave in found.waves if wave.experiment == name]
+        for wave in waves:
+            add(name, f"{wave.wave}", wave.cells, wave.cpu_seconds)
+        if len(waves) > 1:
+            total = sum(wave.cpu_seconds for wave in waves)
+            add(name, "all", sum(wave.cells for wave in waves), total)
     if found.waves:
         console.print(table)
         console.print()
     have = f" {found.present} are there already." if found.present else ""
+    if found.stale:
+        have += f" {found.stale} were made by other code: --refresh makes them again."
     cost = f"about {duration(max(found.seconds, 1))}" if found.cells else "no time"
     console.print(
-        f"{found.cells} cells to run on {found.data}: {cost} on {found.jobs} processes.{have} "
+        f"{found.cells} cells to run on {found.data}: {found.cpu_seconds:.0f} CPU seconds, {cost} "
+        f"on {found.jobs} processes.{have} "
         "Nothing was written."
     )
 
@@ -402,9 +412,16 @@ def ended(result: Result) -> None:
         parts.append(f"{len(result.failed)} failed")
     if result.skipped:
         parts.append(f"{result.skipped} were there already")
+    if result.failed_before:
+        parts.append(f"{result.failed_before} failed before (--retry-failed tries them again)")
     if result.stale:
         parts.append(f"{result.stale} made by other code are not used")
     console.print(f"{', '.join(parts)}.")
+    for name, count in result.held.items():
+        console.print(
+            f"{name} was left as it is: {count} of its cells were made by other code. "
+            "--refresh makes them again with the present one."
+        )
     if result.out_of_time:
         console.print("The time was up before all cells were run. The same command goes on.")
     shown = result.failed[:5]

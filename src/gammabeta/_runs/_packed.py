@@ -82,7 +82,7 @@ def thin(rows: Sequence[Row], most: int) -> list[Row]:
     that is kept all rows are.
 
     >>> [row["step"] for row in thin([{"step": s} for s in range(1, 101)], 8)]
-    [1, 3, 7, 18, 43, 98, 99, 100]
+    [1, 4, 9, 23, 60, 98, 99, 100]
     """
     if most < 5:
         raise ValueError(f"most must be 5 or more, got {most}: the ends alone are four steps.")

@@ -12,7 +12,7 @@ import threading
 import time
 import traceback
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, TextIO
 
@@ -31,48 +31,76 @@ class Task(NamedTuple):
     data_dir: str | None = None
     replace: bool = False
     owner: int | None = None  # the process whose worker this is; None: the caller's own process
+    away: bool = False  # on a cluster: what was measured comes back with the outcome
 
 
 class Outcome(NamedTuple):
-    """How a cell ended: "done", "failed", or "disk" where its result could not be stored."""
+    """How a cell ended: "done", "failed", or "disk" where its result could not be stored.
+
+    `seconds` is the time that it took, `cpu` the processor time; `rows`, `text` (the log, or what
+    was raised) and `versions` are there as long as they are not stored.
+    """
 
     name: str
     status: str
     seconds: float
     reason: str = ""
+    cpu: float = 0.0
+    rows: Sequence[Row] = ()
+    text: str = ""
+    versions: Mapping[str, str] = {}
+
+
+# A cluster's worker may have several threads; generators, logging and warnings are the process's.
+_one_at_a_time = threading.Lock()
 
 
 def run_cell(task: Task) -> Outcome:
     """Measure one cell and store it; what it raises is stored too, and not raised here."""
     if task.owner is not None:
         _become_worker(task.owner)
+    with _one_at_a_time:
+        outcome = _measured(task)
+    return outcome if task.away else keep(task, outcome)
+
+
+def _measured(task: Task) -> Outcome:
     name = _runs.cell_name(task.spec)
-    out = Path(task.out)
     log = io.StringIO()
-    status, reason, seconds = "done", "", 0.0
     try:
-        try:
-            if (
-                task.owner is not None
-                and _code(task.experiment.id, task.experiment.module) != (task.spec["code"])
-            ):
-                raise RuntimeError(
-                    "The sources must stay as they are while a run lasts, but they were changed. "
-                    "Run the same command again."
-                )
-            rows, seconds = measure(task, log)
-            log.write(f"{len(rows)} rows, {seconds:.2f} s\n")
-            # Here, where it is the cell's fault: below, it is the disk's.
-            _runs.rows_text(task.spec, rows)
-        except (Exception, SystemExit) as error:
-            status, reason = "failed", summary(error)
-            text = f"{traceback.format_exc()}\n{log.getvalue()}"
-            store_failure(task, text)
+        elsewhere = task.away or task.owner is not None
+        if elsewhere and _code(task.experiment.id, task.experiment.module) != task.spec["code"]:
+            raise RuntimeError(
+                "The sources must be the same everywhere, and stay as they are while a run lasts, "
+                "but this worker has others. Install the same ones there, and run the same "
+                "command again."
+                if task.away
+                else "The sources must stay as they are while a run lasts, but they were changed. "
+                "Run the same command again."
+            )
+        rows, seconds, cpu = measure(task, log)
+        log.write(f"{len(rows)} rows, {seconds:.2f} s, {cpu:.2f} s of processor time\n")
+        # Here, where it is the cell's fault: later, it is the disk's.
+        _runs.rows_text(task.spec, rows)
+    except (Exception, SystemExit) as error:
+        text = f"{traceback.format_exc()}\n{log.getvalue()}"
+        return Outcome(name, "failed", 0.0, summary(error), text=text)
+    return Outcome(name, "done", seconds, "", cpu, rows, log.getvalue(), versions())
+
+
+def keep(task: Task, outcome: Outcome) -> Outcome:
+    """Store what a cell gave, or what it raised; the outcome without it."""
+    kept = outcome._replace(rows=(), text="")
+    try:
+        if outcome.status == "failed":
+            store_failure(task, outcome.text)
         else:
-            _runs.write_cell(out, task.spec, rows, log.getvalue(), task.replace)
+            made = {"cpu_seconds": round(outcome.cpu, 3), "versions": dict(outcome.versions)}
+            spec = {**task.spec, **made}
+            _runs.write_cell(Path(task.out), spec, outcome.rows, outcome.text, task.replace)
     except OSError as error:
-        status, reason = "disk", f"{error.strerror or error}"
-    return Outcome(name, status, seconds, reason)
+        return kept._replace(status="disk", reason=f"{error.strerror or error}")
+    return kept
 
 
 @functools.cache
@@ -81,10 +109,10 @@ def _code(experiment: str, module: str) -> str:
     return Experiment(experiment, module).code
 
 
-def measure(task: Task, log: TextIO) -> tuple[list[Row], float]:
-    """The cell's rows, and the seconds that they took; nothing is stored.
+def measure(task: Task, log: TextIO) -> tuple[list[Row], float, float]:
+    """The cell's rows, the seconds that they took and those of the processor; nothing is stored.
 
-    The seconds are without the imports and the reading of images, which a process does once.
+    Both are without the imports and the reading of images, which a process does once.
 
     Raises:
         ValueError: the images are not those that the specification names, or there are no rows.
@@ -98,13 +126,13 @@ def measure(task: Task, log: TextIO) -> tuple[list[Row], float]:
                 f"The images must be those of the cell (digest {spec['data']['digest']}), got "
                 f"digest {images.digest}. Give the data folder that the cell was made with."
             )
-        started = time.monotonic()
+        started, before = time.monotonic(), time.process_time()
         found = task.experiment.measure(dict(spec["arm"]), spec["seed"], spec["budget"], images)
         rows = [dict(row) for row in found]
-        seconds = time.monotonic() - started
+        seconds, cpu = time.monotonic() - started, time.process_time() - before
     if not rows:
         raise ValueError(f"measure() of {task.experiment.id} must give rows, gave none.")
-    return rows, seconds
+    return rows, seconds, cpu
 
 
 def store_failure(task: Task, text: str) -> None:
@@ -196,9 +224,24 @@ def make_spec(
     arm: Mapping[str, _runs.Scalar],
     seed: int,
     budget: str,
-    images: _data.Images,
+    data: Mapping[str, str],
 ) -> dict[str, Any]:
-    """The specification of a cell made by the present code."""
+    """The specification of a cell made by the present code; `data` is name and digest."""
+    return {
+        "schema": _runs.SCHEMA,
+        "experiment": experiment.id,
+        "arm": dict(arm),
+        "seed": seed,
+        "budget": budget,
+        "data": dict(data),
+        "code": experiment.code,
+        "versions": dict(versions()),
+    }
+
+
+@functools.cache
+def versions() -> dict[str, str]:
+    """What this process computes with."""
     import platform
 
     import torch
@@ -206,16 +249,7 @@ def make_spec(
     import gammabeta
 
     return {
-        "schema": _runs.SCHEMA,
-        "experiment": experiment.id,
-        "arm": dict(arm),
-        "seed": seed,
-        "budget": budget,
-        "data": {"name": images.name, "digest": images.digest},
-        "code": experiment.code,
-        "versions": {
-            "gammabeta": gammabeta.__version__,
-            "torch": str(torch.__version__),
-            "python": platform.python_version(),
-        },
+        "gammabeta": gammabeta.__version__,
+        "torch": str(torch.__version__),
+        "python": platform.python_version(),
     }

@@ -1,23 +1,37 @@
-"""Running cells: in this process, or in joblib's, and what happened to them."""
+"""Running cells: in this process, in joblib's or on a cluster, and what happened to them."""
 
 import contextlib
+import dataclasses
 import os
 import signal
 import time
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from gammabeta import _runs
-from gammabeta.studies._cell import Outcome, Task, command, run_cell, store_failure
+from gammabeta.studies._cell import Outcome, Task, command, keep, run_cell, store_failure
+
+if TYPE_CHECKING:
+    from gammabeta.studies._cluster import Cluster
+
+
+class Part(NamedTuple):
+    """How far one experiment is; `total` is what is planned so far."""
+
+    done: int
+    failed: int
+    total: int
 
 
 class Event(NamedTuple):
     """What a progress callback gets.
 
     `kind` is "wave" (new cells are planned), "done" or "failed" (a cell ended), or "note".
-    `total` is what is planned so far; it grows when an experiment asks for more.
+    `total` is what is planned so far; it grows when an experiment asks for more. `parts` says the
+    same of each experiment.
     """
 
     kind: str
@@ -26,6 +40,7 @@ class Event(NamedTuple):
     failed: int
     total: int
     eta_seconds: float | None
+    parts: Mapping[str, Part] = {}
 
 
 class Failure(NamedTuple):
@@ -44,38 +59,50 @@ class Job(NamedTuple):
     wave: int
 
 
-class State:
-    """What happened so far in one run."""
+@dataclasses.dataclass
+class _Tally:
+    """What one experiment's cells came to, and their time beside their cost."""
 
-    def __init__(
-        self,
-        out: Path,
-        data_dir: str | None,
-        jobs: int,
-        force: bool,
-        deadline: float,
-        progress: Callable[[Event], None] | None,
-    ) -> None:
-        self.out, self.data_dir, self.jobs, self.force = out, data_dir, jobs, force
-        self.deadline, self.progress = deadline, progress
-        self.ended: set[str] = set()  # by this run, well or not: never tried twice in one run
-        self.skipped: set[str] = set()
-        self.stale: set[str] = set()
-        self.waiting: dict[str, float] = {}  # planned cells and their cost
-        self.flying: dict[str, Job] = {}  # handed to a worker
-        self.failed: list[Failure] = []
-        self.done = 0
-        self.disk: str | None = None
-        self.out_of_time = False
-        self.workers = False
-        self._cost = self._seconds = 0.0
+    done: int = 0
+    failed: int = 0
+    cost: float = 0.0
+    seconds: float = 0.0
+
+
+@dataclasses.dataclass
+class State:
+    """What is asked of one run, and what happened so far."""
+
+    out: Path
+    data_dir: str | None
+    jobs: int
+    deadline: float
+    progress: Callable[[Event], None] | None
+    force: bool = False
+    refresh: bool = False
+    retry_failed: bool = False
+    cluster: "Cluster | None" = None
+    ended: set[str] = dataclasses.field(default_factory=set)  # by this run, well or not: once only
+    skipped: set[str] = dataclasses.field(default_factory=set)
+    stale: set[str] = dataclasses.field(default_factory=set)
+    held: dict[str, int] = dataclasses.field(default_factory=dict)
+    failed_before: set[str] = dataclasses.field(default_factory=set)
+    waiting: dict[str, Job] = dataclasses.field(default_factory=dict)  # planned
+    flying: dict[str, Job] = dataclasses.field(default_factory=dict)  # handed to a worker
+    failed: list[Failure] = dataclasses.field(default_factory=list)
+    done: int = 0
+    disk: str | None = None
+    lost: str | None = None
+    out_of_time: bool = False
+    workers: bool = False
+    tallies: dict[str, _Tally] = dataclasses.field(default_factory=lambda: defaultdict(_Tally))
 
     def stopped(self) -> bool:
-        return self.disk is not None or self.out_of_time
+        return self.disk is not None or self.lost is not None or self.out_of_time
 
     def may_start(self, job: Job) -> bool:
         """Whether this cell is still to be run; called also from joblib's own threads."""
-        if self.disk is not None:
+        if self.disk is not None or self.lost is not None:
             return False
         if not self.force and _runs.has_cell(self.out, job.task.spec):
             self.skipped.add(job.name)  # another runner was faster
@@ -90,8 +117,7 @@ class State:
         self.flying.pop(job.name, None)
         self.waiting.pop(job.name, None)
         self.ended.add(job.name)
-        self._cost += job.cost
-        self._seconds += outcome.seconds
+        tally = self.tallies[job.task.experiment.id]
         label = f"{job.task.experiment.id} {job.name}"
         if outcome.status == "disk":
             self.disk = outcome.reason
@@ -99,18 +125,41 @@ class State:
             again = command(job.name, job.task.out, job.task.data_dir)
             failure = Failure(job.task.experiment.id, job.name, outcome.reason, again)
             self.failed.append(failure)
+            tally.failed += 1
             self.report("failed", f"{label}: {outcome.reason}")
         else:
             self.done += 1
+            tally.done += 1
+            tally.cost += job.cost
+            tally.seconds += outcome.seconds
             self.report("done", f"{label}: {outcome.seconds:.1f} s")
 
     def report(self, kind: str, text: str) -> None:
         if self.progress is None:
             return
-        left = sum(list(self.waiting.values()))
-        eta = self._seconds / self._cost * left / self.jobs if self._cost else None
-        total = self.done + len(self.failed) + len(self.waiting)
-        self.progress(Event(kind, text, self.done, len(self.failed), total, eta))
+        waiting = list(self.waiting.values())
+        left: dict[str, int] = dict.fromkeys(self.tallies, 0)
+        for job in waiting:
+            left[job.task.experiment.id] = left.get(job.task.experiment.id, 0) + 1
+        parts = {}
+        for name, count in left.items():
+            tally = self.tallies.get(name, _Tally())
+            parts[name] = Part(tally.done, tally.failed, tally.done + tally.failed + count)
+        total = self.done + len(self.failed) + len(waiting)
+        eta = self._eta(waiting)
+        self.progress(Event(kind, text, self.done, len(self.failed), total, eta, parts))
+
+    def _eta(self, waiting: Sequence[Job]) -> float | None:
+        """By what each experiment's own cells took; one that has none goes by the others'."""
+        cost = sum(tally.cost for tally in self.tallies.values())
+        if not cost:
+            return None
+        rate = sum(tally.seconds for tally in self.tallies.values()) / cost
+        seconds = 0.0
+        for job in waiting:
+            own = self.tallies.get(job.task.experiment.id)
+            seconds += job.cost * (own.seconds / own.cost if own and own.cost else rate)
+        return seconds / self.jobs
 
 
 def in_this_process(state: State, wave: Sequence[Job]) -> None:
@@ -120,25 +169,28 @@ def in_this_process(state: State, wave: Sequence[Job]) -> None:
 
 
 def in_processes(state: State, wave: Sequence[Job]) -> None:
-    """Run the cells in joblib's processes; those that end their process are tried alone."""
-    from joblib.externals.loky.process_executor import TerminatedWorkerError
+    """Run the cells on workers; those that end their process are tried alone."""
+    from gammabeta.studies._cluster import ENDED, LOST
 
     queue = list(wave)
-    while queue and not state.stopped():
-        try:
-            _parallel(state, queue)
-            return
-        except TerminatedWorkerError as error:
-            # All that was handed out is lost, but only one cell is to blame.
-            suspects = list(state.flying.values())
-            state.flying.clear()
-            state.report("note", f"A worker process was ended: {_first_line(error)}")
-        for job in suspects:
+    try:
+        while queue and not state.stopped():
             try:
-                _parallel(state, [job])
-            except TerminatedWorkerError as error:
-                state.end(job, _blame(job, error))
-        queue = [job for job in queue if job.name not in state.ended | state.skipped]
+                _parallel(state, queue)
+                return
+            except ENDED as error:
+                # All that was handed out is lost, but only one cell is to blame.
+                suspects = list(state.flying.values())
+                state.flying.clear()
+                state.report("note", f"A worker process was ended: {_first_line(error)}")
+            for job in suspects:
+                try:
+                    _parallel(state, [job])
+                except ENDED as error:
+                    state.end(job, _blame(job, error))
+            queue = [job for job in queue if job.name not in state.ended | state.skipped]
+    except LOST as error:
+        state.lost = f"{type(error).__name__}: {_first_line(error)}"
 
 
 def _blame(job: Job, error: BaseException) -> Outcome:
@@ -160,25 +212,33 @@ def _parallel(state: State, queue: Sequence[Job]) -> None:
     import joblib
 
     by_name = {job.name: job for job in queue}
+    cluster = state.cluster
+    where: dict[str, Any] = {"owner": os.getpid()} if cluster is None else {"away": True}
 
     def feed() -> Iterator[Any]:
         # Drawn from only when a process is free: what is not drawn has not been started.
         for job in queue:
             if state.may_start(job):
                 state.flying[job.name] = job
-                yield joblib.delayed(run_cell)(job.task._replace(owner=os.getpid()))
+                yield joblib.delayed(run_cell)(job.task._replace(**where))
 
     # inner_max_num_threads also sets OMP_NUM_THREADS, MKL_NUM_THREADS and their like.
-    with joblib.parallel_config("loky", n_jobs=state.jobs, inner_max_num_threads=1):
+    config = (
+        joblib.parallel_config("loky", n_jobs=state.jobs, inner_max_num_threads=1)
+        if cluster is None
+        else joblib.parallel_config(cluster.backend(), n_jobs=state.jobs)
+    )
+    with config:
         parallel = joblib.Parallel(
             return_as="generator_unordered", batch_size=1, pre_dispatch=state.jobs
         )
-        state.workers = True
+        state.workers = cluster is None
         with _interrupts_wait():
             outcomes = parallel(feed())
         try:
             for outcome in outcomes:
-                state.end(by_name[outcome.name], outcome)
+                job = by_name[outcome.name]
+                state.end(job, outcome if cluster is None else keep(job.task, outcome))
         finally:
             # After an interrupt: now, not when memory is cleaned up, and without joblib's regret.
             with warnings.catch_warnings():

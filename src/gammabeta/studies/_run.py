@@ -14,17 +14,22 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from gammabeta import __version__, _runs
-from gammabeta._runs import Row, RunError, StoredCell
-from gammabeta.studies import _data
+from gammabeta._runs import RunError, StoredCell
+from gammabeta.studies import _data, _estimate
 from gammabeta.studies._cell import Task, make_spec, measure
+from gammabeta.studies._cluster import connected
+from gammabeta.studies._estimate import Estimate as Estimate
 from gammabeta.studies._experiments import BUDGETS, Experiment, choose, experiments
 from gammabeta.studies._experiments import Cell as Cell
 from gammabeta.studies._judge import Judged as Judged
 from gammabeta.studies._judge import judge as judge
 from gammabeta.studies._judge import write_derived as write_derived
+from gammabeta.studies._plan import interleave, plan, stored
 from gammabeta.studies._pool import Event as Event
 from gammabeta.studies._pool import Failure as Failure
 from gammabeta.studies._pool import Job, State, end_workers, in_processes, in_this_process
+from gammabeta.studies._status import Status as Status
+from gammabeta.studies._status import status as status
 
 __all__ = [
     "BUDGETS",
@@ -35,11 +40,13 @@ __all__ = [
     "Failure",
     "Judged",
     "Result",
+    "Status",
     "estimate",
     "experiments",
     "judge",
     "run",
     "run_one",
+    "status",
     "write_derived",
 ]
 
@@ -47,9 +54,11 @@ __all__ = [
 class Result(NamedTuple):
     """How a run ended.
 
-    `skipped` cells were finished before, `stale` ones are there from other code and do not
-    count. `out_of_time`: the deadline left cells undone. `notice` is what a reader must be told
-    about the data, "" for nothing.
+    `skipped` cells were finished before; `stale` ones are there from other code and do not count,
+    and `held` are the experiments that were left alone because of them, with their number;
+    `failed_before` cells failed in an earlier run and were not tried again. `out_of_time`: the
+    deadline left cells undone. `notice` is what a reader must be told about the data, "" for
+    nothing.
     """
 
     done: int
@@ -61,28 +70,8 @@ class Result(NamedTuple):
     seconds: float
     data: str
     notice: str
-
-
-class Wave(NamedTuple):
-    """One line of an estimate."""
-
-    experiment: str
-    wave: int
-    cells: int
-    seconds: float  # on all processes together
-
-
-class Estimate(NamedTuple):
-    """What a run would do. `timed_seconds` is what its first cell took, None without a cell."""
-
-    waves: tuple[Wave, ...]
-    cells: int
-    present: int
-    seconds: float
-    timed_seconds: float | None
-    jobs: int
-    data: str
-    notice: str
+    held: Mapping[str, int] = {}
+    failed_before: int = 0
 
 
 def run(
@@ -95,6 +84,9 @@ def run(
     jobs: int | None = None,
     seeds: int | None = None,
     force: bool = False,
+    refresh: bool = False,
+    retry_failed: bool = False,
+    dask: str | None = None,
     deadline_seconds: float | None = None,
     progress: Callable[[Event], None] | None = None,
     catalogue: Mapping[str, Experiment] | None = None,
@@ -110,39 +102,55 @@ def run(
         jobs: worker processes; all cores if None. 1 runs in the caller's process.
         seeds: how many seeds; the experiment's own rule if None.
         force: make cells again that are there.
+        refresh: make those cells again that other code made. Otherwise an experiment that has
+            such cells, and not yet its own, is left as it is.
+        retry_failed: try cells again that failed with the present code.
+        dask: the address of a Dask scheduler, whose workers then run the cells.
         deadline_seconds: after so many seconds no cell is started any more.
         progress: called with an `Event` now and then, in the caller's thread.
         catalogue: experiments by id, in place of the package's own.
 
     Raises:
         ValueError: an argument is not what it has to be; RunError: so is the run folder.
-        OSError: the images cannot be read, or the disk is full.
+        OSError: the images cannot be read, the disk is full, or the cluster does not answer.
         RuntimeError: an experiment cannot say what it wants.
     """
     started = time.monotonic()
     chosen = choose(ids, catalogue)
-    jobs = _check(budget, jobs, seeds)
+    own = _check(budget, jobs, seeds)
     _present_claims(out)  # before the images, which may have to be downloaded
     images = _data.load(data, data_dir)
-    _open(out)  # after them: without images no folder is left that looks like a run
     deadline = math.inf if deadline_seconds is None else started + deadline_seconds
     where = None if data_dir is None else str(data_dir)
-    state = State(out, where, jobs, force, deadline, progress)
     interrupted = False
-    try:
-        while wave := _next_wave(state, chosen, budget, images, seeds):
-            state.report("wave", f"{len(wave)} cells of wave {wave[0].wave}")
-            (in_processes if jobs > 1 else in_this_process)(state, wave)
-            if state.stopped():
-                break
-        end_workers(state, kill=False)
-    except KeyboardInterrupt:
-        interrupted = True
-    finally:
-        # Also after an error: no worker may outlive the run. Ended first, so that what they
-        # leave unfinished belongs to no living process and can be removed.
-        end_workers(state, kill=True)
-        _runs.remove_dead(out)
+    with connected(dask) as cluster:
+        _open(out)  # last: without images or cluster no folder is left that looks like a run
+        if cluster is not None:
+            own = cluster.jobs if jobs is None else min(jobs, cluster.jobs)
+        state = State(out, where, own, deadline, progress, force, refresh, retry_failed, cluster)
+        if cluster is not None and max(cluster.threads.values()) > 1:
+            state.report("note", "A cell takes one thread: each worker works on one at a time.")
+        several = cluster is not None or own > 1
+        try:
+            while wave := _next_wave(state, chosen, budget, images, seeds):
+                state.report("wave", f"{len(wave)} cells of wave {wave[0].wave}")
+                (in_processes if several else in_this_process)(state, wave)
+                if state.stopped():
+                    break
+            end_workers(state, kill=False)
+        except KeyboardInterrupt:
+            interrupted = True
+        finally:
+            # Also after an error: no worker may outlive the run. Ended first, so that what they
+            # leave unfinished belongs to no living process and can be removed.
+            end_workers(state, kill=True)
+            _runs.remove_dead(out)
+    if state.lost is not None:
+        raise ConnectionError(
+            f"The Dask cluster was lost ({state.lost}), so the run was stopped. The "
+            f"{state.done} cells that it finished are kept: the same command goes on, with a "
+            "scheduler that answers, or without --dask."
+        )
     if state.disk is not None:
         raise OSError(
             f"{out}: a finished cell could not be stored ({state.disk}), so the run was stopped. "
@@ -159,6 +167,8 @@ def run(
         seconds=time.monotonic() - started,
         data=images.name,
         notice=images.notice,
+        held=dict(state.held),
+        failed_before=len(state.failed_before),
     )
 
 
@@ -184,13 +194,13 @@ def run_one(
             f"name under cells/ or failed/), got {name!r}."
         )
     (experiment,) = choose([found[0]["experiment"]], catalogue)
-    images = _data.load(found[0]["data"]["name"], data_dir)
     old = found[0]
-    spec = make_spec(experiment, old["arm"], old["seed"], old["budget"], images)
-    spec["data"] = old["data"]  # `measure` compares it with the images
+    # Its own data set: `measure` compares it with the images that there are.
+    spec = make_spec(experiment, old["arm"], old["seed"], old["budget"], old["data"])
     task = Task(spec, experiment, str(out), None if data_dir is None else str(data_dir))
     log = io.StringIO()
-    rows, _ = measure(task, log)
+    rows, _, cpu = measure(task, log)
+    spec = {**spec, "cpu_seconds": round(cpu, 3)}
     path = _runs.write_cell(out, spec, rows, log.getvalue(), replace=True)
     _runs.forget_failure(out, old)
     return StoredCell(spec, rows, path)
@@ -206,42 +216,24 @@ def estimate(
     jobs: int | None = None,
     seeds: int | None = None,
     force: bool = False,
+    refresh: bool = False,
     catalogue: Mapping[str, Experiment] | None = None,
 ) -> Estimate:
-    """Say what `run` would do and about how long it takes; nothing is written into `out`.
+    """Say what `run` would do and how much it computes; nothing is written into `out`.
 
-    One cell, the first missing one, is measured and thrown away; the others are scaled from it
-    by their cost.
+    Where the run folder has no cells of an experiment yet, a few are measured and thrown away;
+    the others are scaled from them by their cost.
     """
-    chosen = choose(ids, catalogue)
-    jobs = _check(budget, jobs, seeds)
-    if out.exists() and not out.is_dir():
-        raise RunError(f"{out}: the output must be a folder, got a file. Choose another one.")
-    images = _data.load(data, data_dir)
-    where = None if data_dir is None else str(data_dir)
-    missing: list[Job] = []
-    present = 0
-    for experiment in chosen:
-        plan = _plan(experiment, experiment.expected(budget, images.name, seeds), budget, images)
-        for name, cell, spec in plan:
-            if not force and _runs.has_cell(out, spec):
-                present += 1
-            else:
-                task = Task(spec, experiment, str(out), where)
-                missing.append(Job(name, task, cell.cost, cell.wave))
-    missing = _interleave(missing)
-    timed: float | None = None
-    rate = 0.0
-    if missing:
-        first = min(missing, key=lambda job: job.wave)
-        _, timed = measure(first.task, io.StringIO())
-        rate = timed / first.cost
-    waves = []
-    for key, group in _group(missing).items():
-        waves.append(Wave(*key, len(group), rate * sum(job.cost for job in group) / jobs))
-    seconds = sum(wave.seconds for wave in waves)
-    return Estimate(
-        tuple(waves), len(missing), present, seconds, timed, jobs, images.name, images.notice
+    return _estimate.estimate(
+        choose(ids, catalogue),
+        out=out,
+        budget=budget,
+        data=data,
+        data_dir=data_dir,
+        jobs=_check(budget, jobs, seeds),
+        seeds=seeds,
+        force=force,
+        refresh=refresh,
     )
 
 
@@ -268,6 +260,11 @@ def _present_claims(out: Path) -> list[dict[str, Any]]:
     """The claims that the run folder holds, none if it is new; says why it cannot be used."""
     if out.exists() and not out.is_dir():
         raise RunError(f"{out}: the output must be a folder, got a file. Choose another one.")
+    if packed := _runs.packed_files(out):
+        raise RunError(
+            f"{out}: the output must be a run folder, got one that holds kept rows "
+            f"({packed[0].name}). Choose another one; `gammabeta study accept` adds to this one."
+        )
     return _runs.read_claims(out) if (out / "claims.json").exists() else []
 
 
@@ -294,34 +291,6 @@ def _open(out: Path) -> None:
 # --- which cells ----------------------------------------------------------------------------
 
 
-def _plan(
-    experiment: Experiment, wanted: Sequence[Cell], budget: str, images: _data.Images
-) -> list[tuple[str, Cell, dict[str, Any]]]:
-    """Name, cell and specification of each wanted cell, each once."""
-    plan: dict[str, tuple[str, Cell, dict[str, Any]]] = {}
-    for cell in wanted:
-        spec = make_spec(experiment, cell.arm, cell.seed, budget, images)
-        _runs.rows_text(spec, [])  # a specification that cannot be stored ends the run now
-        name = _runs.cell_name(spec)
-        plan.setdefault(name, (name, cell, spec))
-    return list(plan.values())
-
-
-def _rows(state: State, experiment: Experiment, budget: str, images: _data.Images) -> list[Row]:
-    """The stored rows that belong to this run; cells of other code are only counted."""
-    code = experiment.code
-    rows: list[Row] = []
-    for cell in _runs.read_cells([state.out], experiment.id):
-        spec, name = cell.spec, cell.path.name
-        if spec["budget"] != budget or spec["data"]["digest"] != images.digest:
-            continue
-        if spec["code"] != code:
-            state.stale.add(name)
-        elif not state.force or name in state.ended:
-            rows += cell.flat()
-    return rows
-
-
 def _next_wave(
     state: State,
     chosen: Sequence[Experiment],
@@ -331,36 +300,39 @@ def _next_wave(
 ) -> list[Job]:
     """The missing cells of the lowest wave that any experiment still wants."""
     missing: list[Job] = []
+    data = {"name": images.name, "digest": images.digest}
+    again = state.force or state.refresh
     for experiment in chosen:
-        rows = _rows(state, experiment, budget, images)
-        wanted = experiment.cells(budget, images.name, seeds, rows)
-        for name, cell, spec in _plan(experiment, wanted, budget, images):
+        cells = _runs.read_cells([state.out], experiment.id)
+        found = stored(cells, experiment, budget, images.digest)
+        state.stale |= found.other
+        rows = found.rows
+        if state.force:
+            made = [cell for name, cell in found.present.items() if name in state.ended]
+            rows = [row for cell in made for row in cell.flat()]
+        wanted = plan(experiment, experiment.cells(budget, images.name, seeds, rows), budget, data)
+        jobs: list[Job] = []
+        held = 0
+        for name, cell, spec in wanted:
             if name in state.ended:
                 continue
             if not state.force and _runs.has_cell(state.out, spec):
                 state.skipped.add(name)
                 continue
+            if not (state.force or state.retry_failed) and _runs.has_failed(state.out, spec):
+                state.failed_before.add(name)
+                continue
+            held += name in found.stale
             task = Task(spec, experiment, str(state.out), state.data_dir, state.force)
-            missing.append(Job(name, task, cell.cost, cell.wave))
-    state.waiting = {job.name: job.cost for job in missing}
+            jobs.append(Job(name, task, cell.cost, cell.wave))
+        if held and not again:
+            # Half of its cells by each code would be two halves of an answer.
+            state.held[experiment.id] = held
+        else:
+            missing += jobs
+    state.waiting = {job.name: job for job in missing}
     lowest = min((job.wave for job in missing), default=0)
-    return _interleave([job for job in missing if job.wave == lowest])
-
-
-def _interleave(jobs: Sequence[Job]) -> list[Job]:
-    """Take turns among the experiments: none waits until another one has all of its cells."""
-    queues: dict[str, list[Job]] = {}
-    for job in jobs:
-        queues.setdefault(job.task.experiment.id, []).append(job)
-    longest = max(map(len, queues.values()), default=0)
-    return [queue[i] for i in range(longest) for queue in queues.values() if i < len(queue)]
-
-
-def _group(jobs: Sequence[Job]) -> dict[tuple[str, int], list[Job]]:
-    groups: dict[tuple[str, int], list[Job]] = {}
-    for job in sorted(jobs, key=lambda job: job.wave):
-        groups.setdefault((job.task.experiment.id, job.wave), []).append(job)
-    return groups
+    return interleave([job for job in missing if job.wave == lowest])
 
 
 def _forget_mended(state: State, chosen: Sequence[Experiment]) -> None:
