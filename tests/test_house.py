@@ -28,6 +28,7 @@ ROWS = [
     {"_check"},
     {"probes", "models"},
     {"_sites"},
+    {"_guard"},
     {"layers"},
     {"ops"},
     {"moments", "_runs"},

@@ -32,6 +32,7 @@ _NAMES = {
     "LazyBatchNorm3d": "layers.batch_norm",
     "Moments": "moments",
     "StatisticsWarning": "layers._running",
+    "Step": "probes.step",
     "accumulate": "models.updates",
     "backends": "ops",
     "batch_norm": "ops",
@@ -39,9 +40,11 @@ _NAMES = {
     "convert": "models.conversion",
     "freeze": "models.freezing",
     "functional_call": "models.updates",
+    "measure": "probes",
     "no_update": "models.updates",
     "report_of": "models.conversion",
     "revert": "models.conversion",
+    "sites": "_sites",
     "skipped": "models.updates",
     "sync_statistics": "models.synchronization",
     "unfreeze": "models.freezing",
@@ -51,6 +54,7 @@ _NAMES = {
 __all__ = ["__version__", *_NAMES]
 
 if TYPE_CHECKING:
+    from gammabeta._sites import sites as sites
     from gammabeta.layers._running import StatisticsWarning as StatisticsWarning
     from gammabeta.layers.batch_norm import BatchNorm1d as BatchNorm1d
     from gammabeta.layers.batch_norm import BatchNorm2d as BatchNorm2d
@@ -86,6 +90,8 @@ if TYPE_CHECKING:
     from gammabeta.moments import Moments as Moments
     from gammabeta.ops import backends as backends
     from gammabeta.ops import batch_norm as batch_norm
+    from gammabeta.probes import measure as measure
+    from gammabeta.probes.step import Step as Step
 
 
 def __getattr__(name: str) -> Any:
