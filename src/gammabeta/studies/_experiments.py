@@ -8,7 +8,8 @@ The module holds its protocol as its docstring, CLAIMS, and four functions:
     figures(rows) -> list[dict]                        pure
 
 and, if later waves depend on earlier ones, expected(budget, data, seeds) -> list[Cell]: about
-what a whole run will ask for, used only to estimate how long it takes.
+what a whole run will ask for, used only to estimate how long it takes. What does not fit into one
+file stands in a folder of the same name with an underscore before it.
 """
 
 import ast
@@ -170,9 +171,13 @@ def code_digest(experiment: Path) -> str:
     """16 hex digits of the SHA-256 over the sources that decide an experiment's rows.
 
     The same on every machine: neither folders nor line ends enter. The experiment's top-level
-    functions `judge` and `figures` are left out, so that rows outlive a change of rule.
+    functions `judge` and `figures` are left out, so that rows outlive a change of rule. A folder
+    named after the experiment (`_name/` beside `name.py`) is part of it.
     """
     digest = _shared_digest().copy()
+    own = experiment.with_name(f"_{experiment.stem}")
+    for file in sorted(own.rglob("*.py")):
+        digest.update(f"{file.relative_to(own).as_posix()}\0{_text(file)}\0".encode())
     text = _text(experiment)
     lines = text.split("\n")
     for node in reversed(ast.parse(text, str(experiment)).body):
