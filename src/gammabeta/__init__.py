@@ -31,6 +31,7 @@ _NAMES = {
     "LazyBatchNorm2d": "layers.batch_norm",
     "LazyBatchNorm3d": "layers.batch_norm",
     "Moments": "moments",
+    "Recorder": "probes.recorder",
     "StatisticsWarning": "layers._running",
     "Step": "probes.step",
     "accumulate": "models.updates",
@@ -42,6 +43,7 @@ _NAMES = {
     "functional_call": "models.updates",
     "measure": "probes",
     "no_update": "models.updates",
+    "read_record": "_runs._record",
     "report_of": "models.conversion",
     "revert": "models.conversion",
     "sites": "_sites",
@@ -54,6 +56,7 @@ _NAMES = {
 __all__ = ["__version__", *_NAMES]
 
 if TYPE_CHECKING:
+    from gammabeta._runs._record import read_record as read_record
     from gammabeta._sites import sites as sites
     from gammabeta.layers._running import StatisticsWarning as StatisticsWarning
     from gammabeta.layers.batch_norm import BatchNorm1d as BatchNorm1d
@@ -91,6 +94,7 @@ if TYPE_CHECKING:
     from gammabeta.ops import backends as backends
     from gammabeta.ops import batch_norm as batch_norm
     from gammabeta.probes import measure as measure
+    from gammabeta.probes.recorder import Recorder as Recorder
     from gammabeta.probes.step import Step as Step
 
 

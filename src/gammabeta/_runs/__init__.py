@@ -7,6 +7,7 @@
     RUN/failed/<experiment>/<name>/             a cell that raised: spec.json, error.txt
     RUN/verdicts.json, RUN/figures.json         derived from the rows; may be made again
     RUN/<experiment>.jsonl.gz                   packed cells, kept of accepted runs
+    <any name>.jsonl                            the record of one training; no run folder
 
 A cell's name is a hash of its specification and its folder arrives by one rename, so presence
 means done, nothing is ever seen half-written, two writers need no lock (also on a network file
@@ -56,14 +57,22 @@ from gammabeta._runs._packed import (
     thin,
     write_packed,
 )
+from gammabeta._runs._record import (
+    Record,
+    Series,
+    is_record,
+    read_record,
+)
 
 __all__ = [
     "MAX_PACKED",
     "SCHEMA",
     "STATUSES",
+    "Record",
     "Row",
     "RunError",
     "Scalar",
+    "Series",
     "StoredCell",
     "cell_name",
     "check_figures",
@@ -73,6 +82,7 @@ __all__ = [
     "forget_failure",
     "has_cell",
     "has_failed",
+    "is_record",
     "pack",
     "packed_files",
     "read_cells",
@@ -81,6 +91,7 @@ __all__ = [
     "read_figures",
     "read_json",
     "read_packed",
+    "read_record",
     "read_verdicts",
     "remove_dead",
     "rows_text",

@@ -123,24 +123,28 @@ def _interrupted(given: list[str]) -> str:
     help_epilogue=examples(
         "report runs/headline -o report.html",
         "report runs/mine runs/yours -o both.html    # their rows together",
+        "report record.jsonl -o training.html        # what a Recorder wrote",
     )
 )
 def report(
     paths: Runs = None, /, *, out: Annotated[Path, Parameter(alias="-o")] = Path("report.html")
 ) -> int:
-    """Write run folders as one self-contained HTML page.
+    """Write run folders, or records of trainings, as one self-contained HTML page.
 
     Parameters
     ----------
     paths
-        Run folders; the newest one below runs/ unless given.
+        Run folders, or files that a Recorder wrote; the newest run below runs/ unless given.
     out
         The HTML file to write.
     """
     with usable():
+        from gammabeta._runs import is_record
         from gammabeta.report.page import write
 
-        print(write(run_folders(paths), out))
+        records = [path for path in paths or () if is_record(path)]
+        folders = [path for path in paths or () if path not in records]
+        print(write([*(run_folders(folders) if folders or not records else ()), *records], out))
     return FINE
 
 

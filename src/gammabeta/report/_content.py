@@ -1,4 +1,4 @@
-"""What the page says, gathered from run folders: plain values, no HTML.
+"""What the page says, gathered from run folders and records: plain values, no HTML.
 
 Everything here came from files that a stranger may have written. `_runs` has checked names and
 types; texts stay texts and are escaped where they are shown.
@@ -14,6 +14,7 @@ from typing import Any
 from gammabeta._runs import (
     RunError,
     StoredCell,
+    is_record,
     read_cells,
     read_claims,
     read_failed,
@@ -21,6 +22,7 @@ from gammabeta._runs import (
     read_verdicts,
 )
 from gammabeta.report._marks import Scale, is_number, number
+from gammabeta.report._records import Recording, recording
 
 Claim = dict[str, Any]
 Verdict = dict[str, Any]
@@ -60,6 +62,7 @@ class Content:
     facts: list[tuple[str, str]] = field(default_factory=list)
     figures: list[dict[str, Any]] = field(default_factory=list)
     sections: list[Section] = field(default_factory=list)
+    records: list[Recording] = field(default_factory=list)
     scale: Scale = field(default_factory=lambda: Scale([]))
 
     @property
@@ -75,11 +78,24 @@ class Content:
 
 
 def gather(paths: Sequence[Path]) -> Content:
-    """Read the run folders and put together what the page says.
+    """Read run folders and records of trainings and put together what the page says.
 
-    Raises RunError where a folder is not a run folder or a file in it is not what it has to be.
+    Raises RunError where a folder is not a run folder or a file is not what it has to be.
     """
     page = Content()
+    records = [path for path in paths if is_record(path)]
+    folders = [path for path in paths if path not in records]
+    if folders:
+        _gather_runs(page, folders)
+    for place, path in enumerate(records):
+        page.records.append(recording(path, _label(path), place))
+        for figure in page.records[-1].figures:
+            figure["place"] = len(page.figures)
+            page.figures.append(figure)
+    return page
+
+
+def _gather_runs(page: Content, paths: Sequence[Path]) -> None:
     cells = read_cells(paths)
     failed = read_failed(paths)
     protocols: dict[str, str] = {}
@@ -117,7 +133,6 @@ def gather(paths: Sequence[Path]) -> Content:
     _complete(page)
     page.facts = _facts(page, cells, failed)
     page.sections = _sections(page, cells, failed, protocols)
-    return page
 
 
 def _label(path: Path) -> str:

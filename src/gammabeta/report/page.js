@@ -96,8 +96,10 @@
       host.dataset.filled = "yes";
       try {
         const figure = FIGURES[host.dataset.figureTable];
-        if (figure) showTable(host, `${figure.experiment}-${figure.id}`, figureData(figure));
-        else if (document.getElementById(host.dataset.rows)) {
+        if (figure) {
+          const columns = figure.kind === "curves" ? figureData(figure) : records.data(figure);
+          showTable(host, `${figure.experiment}-${figure.id}`, columns);
+        } else if (document.getElementById(host.dataset.rows)) {
           showTable(host, host.dataset.name, await unpack(host.dataset.rows));
         }
       } catch (error) {
@@ -227,7 +229,8 @@
     }
   }
 
-  const DRAW = { curves }; // kind of figure -> function that draws it
+  const records = recordFigures({ css, plain, axis, extent, make });
+  const DRAW = { curves, ...records.draw }; // kind of figure -> function that draws it
 
   function draw(figureNode) {
     const figure = FIGURES[figureNode.dataset.figure];

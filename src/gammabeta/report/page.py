@@ -1,4 +1,4 @@
-"""The door of the report: run folders in, one HTML file out."""
+"""The door of the report: run folders and records in, one HTML file out."""
 
 import os
 import secrets
@@ -25,30 +25,33 @@ _MARGIN = 100_000
 
 
 def write(paths: Sequence[Path], out: Path) -> Path:
-    """Write one self-contained HTML page about the given run folders and return its path.
+    """Write one self-contained HTML page about run folders and records, and return its path.
 
     The page needs no network and no other file, and stays under 8 MB: where the rows of all
     cells do not fit, the longest tables are left out and the page says so. It appears under
     `out` by one rename, or not at all.
 
     Args:
-        paths: one or more run folders; what several of them hold is shown together.
+        paths: one or more run folders, what several of them hold is shown together; or records
+            of trainings (`gammabeta.Recorder`), each in a section of its own.
         out: the HTML file to write; its folder is made where it is missing.
 
     Raises:
-        RunError: a folder is not a run folder, or a file in it is not what it has to be.
+        RunError: a folder is not a run folder, or a file is not what it has to be.
         OSError: `out` cannot be written.
         ImportError: the extra `report` is not installed.
-        ValueError: no run folder was given.
+        ValueError: neither was given.
 
     Example:
         >>> write([], Path("report.html"))
         Traceback (most recent call last):
-        ValueError: report: expected a run folder, got none. Name one or more of them.
+        ValueError: report: expected a run folder, got none. Name one, or the record of a training.
     """
     runs = [Path(path) for path in paths]
     if not runs:
-        raise ValueError("report: expected a run folder, got none. Name one or more of them.")
+        raise ValueError(
+            "report: expected a run folder, got none. Name one, or the record of a training."
+        )
     out = Path(out)
     if out.is_dir():
         raise IsADirectoryError(
@@ -72,7 +75,7 @@ def _render(content: _content.Content) -> str:
     scripts = {
         "theme": _embed.script_text(_embed.asset("theme.js")),
         "plotly": _embed.script_text(_embed.plotly_script()),
-        "page": _embed.script_text(_embed.asset("page.js")),
+        "page": _embed.script_text(_embed.asset("records.js") + _embed.asset("page.js")),
     }
     fixed: dict[str, Any] = {
         "page": content,
@@ -109,12 +112,13 @@ def _table(section: _content.Section) -> dict[str, Any]:
 
 def _template() -> jinja2.Template:
     environment = jinja2.Environment(
+        loader=jinja2.FunctionLoader(_embed.asset),
         autoescape=True,
         undefined=jinja2.StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    return environment.from_string(_embed.asset("template.html.j2"))
+    return environment.get_template("template.html.j2")
 
 
 def _replace(out: Path, data: bytes) -> None:
