@@ -18,138 +18,40 @@ from torch.utils.weak import WeakIdKeyDictionary
 from gammabeta._guard import Held, copied, unwrap
 from gammabeta.ops import _torch
 
+# fmt: off
 # Names of functions, without a trailing underscore.
-_ACTIVATIONS = frozenset(
-    (
-        "relu",
-        "relu6",
-        "leaky_relu",
-        "prelu",
-        "rrelu",
-        "elu",
-        "selu",
-        "celu",
-        "gelu",
-        "silu",
-        "mish",
-        "glu",
-        "sigmoid",
-        "hardsigmoid",
-        "logsigmoid",
-        "tanh",
-        "hardtanh",
-        "hardswish",
-        "hardshrink",
-        "softshrink",
-        "tanhshrink",
-        "softplus",
-        "softsign",
-        "softmax",
-        "log_softmax",
-        "softmin",
-        "threshold",
-        "clamp",
-        "clamp_min",
-        "clip",
-    )
-)
+_ACTIVATIONS = {
+    "relu", "relu6", "leaky_relu", "prelu", "rrelu", "elu", "selu", "celu", "gelu", "silu",
+    "mish", "glu", "sigmoid", "hardsigmoid", "logsigmoid", "tanh", "hardtanh", "hardswish",
+    "hardshrink", "softshrink", "tanhshrink", "softplus", "softsign", "softmax", "log_softmax",
+    "softmin", "threshold", "clamp", "clamp_min", "clip",
+}
 # What a constant added to a channel passes through as a constant.
-_PASSING = frozenset(
-    (
-        "__get__",
-        "__getitem__",
-        "view",
-        "view_as",
-        "reshape",
-        "reshape_as",
-        "flatten",
-        "unflatten",
-        "permute",
-        "transpose",
-        "t",
-        "swapaxes",
-        "movedim",
-        "contiguous",
-        "to",
-        "type",
-        "type_as",
-        "float",
-        "double",
-        "half",
-        "bfloat16",
-        "clone",
-        "detach",
-        "alias",
-        "squeeze",
-        "unsqueeze",
-        "expand",
-        "expand_as",
-        "repeat",
-        "chunk",
-        "split",
-        "unbind",
-        "narrow",
-        "select",
-        "roll",
-        "flip",
-        "pad",
-        "dropout",
-        "dropout1d",
-        "dropout2d",
-        "dropout3d",
-        "feature_dropout",
-        "alpha_dropout",
-        "feature_alpha_dropout",
-        "channel_shuffle",
-        "pixel_shuffle",
-        "pixel_unshuffle",
-        "interpolate",
-        "upsample",
-        "requires_grad",
-        "avg_pool1d",
-        "avg_pool2d",
-        "avg_pool3d",
-        "adaptive_avg_pool1d",
-        "adaptive_avg_pool2d",
-        "adaptive_avg_pool3d",
-        "max_pool1d",
-        "max_pool2d",
-        "max_pool3d",
-        "adaptive_max_pool1d",
-        "adaptive_max_pool2d",
-        "adaptive_max_pool3d",
-        "boolean_dispatch",
-        "fn",
-        "mean",
-        "mul",
-        "__mul__",
-        "__rmul__",
-        "__imul__",
-        "div",
-        "__truediv__",
-        "__itruediv__",
-    )
-)
+_PASSING = {
+    "__get__", "__getitem__", "view", "view_as", "reshape", "reshape_as", "flatten", "unflatten",
+    "permute", "transpose", "t", "swapaxes", "movedim", "contiguous", "to", "type", "type_as",
+    "float", "double", "half", "bfloat16", "clone", "detach", "alias", "squeeze", "unsqueeze",
+    "expand", "expand_as", "repeat", "chunk", "split", "unbind", "narrow", "select", "roll",
+    "flip", "pad", "dropout", "dropout1d", "dropout2d", "dropout3d", "feature_dropout",
+    "alpha_dropout", "feature_alpha_dropout", "channel_shuffle", "pixel_shuffle",
+    "pixel_unshuffle", "interpolate", "upsample", "requires_grad", "avg_pool1d", "avg_pool2d",
+    "avg_pool3d", "adaptive_avg_pool1d", "adaptive_avg_pool2d", "adaptive_avg_pool3d",
+    "max_pool1d", "max_pool2d", "max_pool3d", "adaptive_max_pool1d", "adaptive_max_pool2d",
+    "adaptive_max_pool3d", "boolean_dispatch", "fn", "mean", "mul", "__mul__", "__rmul__",
+    "__imul__", "div", "__truediv__", "__itruediv__",
+}
 # What leaves the values as they are.
-_SAME = frozenset(
-    ("contiguous", "to", "type", "float", "double", "half", "bfloat16", "clone", "alias", "view_as")
-)
-_MERGING = frozenset(
-    (
-        "add",
-        "__add__",
-        "__radd__",
-        "__iadd__",
-        "sub",
-        "__sub__",
-        "__rsub__",
-        "__isub__",
-        "cat",
-        "concat",
-        "concatenate",
-        "stack",
-    )
-)
+_SAME = {
+    "contiguous", "to", "type", "float", "double", "half", "bfloat16", "clone", "alias",
+    "view_as",
+}
+_MERGING = {
+    "add", "__add__", "__radd__", "__iadd__", "sub", "__sub__", "__rsub__", "__isub__", "cat",
+    "concat", "concatenate", "stack",
+}
+
+
+# fmt: on
 
 
 class Site(NamedTuple):
@@ -390,38 +292,38 @@ def _precise(name: str, args: Any, kwargs: Any) -> str:
 
 
 def _producer(node: _Node) -> str | None:
-    """The nearest weight layer behind; of several at one distance the one that ran last."""
-    level, seen = list(node.inputs), set()
-    while level:
-        found = [n for n in level if n.kind == "weight"]
-        if found:
-            return max(found, key=lambda n: n.order).name
-        behind = [n for m in level if m.kind in ("pass", "merge") for n in m.inputs]
-        level = [n for n in dict.fromkeys(behind) if n not in seen]
-        seen.update(level)
-    return None
+    """The weight layer behind with the fewest merges between; of several the last that ran."""
+    found = _nearest(node, lambda n: n.inputs, lambda n: n.kind in ("pass", "merge"))
+    return found[-1].name if found else None
 
 
 def _consumers(node: _Node) -> tuple[str, ...]:
     """The weight layers ahead, on the ways with the fewest merges."""
-    level: list[_Node] = [node]
-    seen: set[_Node] = set()
+    found = _nearest(node, lambda n: n.users, lambda n: n.kind != "norm")
+    return tuple(dict.fromkeys(n.name for n in found))
+
+
+def _nearest(
+    node: _Node, towards: Callable[[_Node], list[_Node]], passes: Callable[[_Node], bool]
+) -> list[_Node]:
+    """The first weight layers that are met, by order; a merge counts as a step, others do not."""
+    level, seen = [node], {node}
     while level:
         found: list[_Node] = []
-        merged: list[_Node] = []
+        merges: list[_Node] = []
         while level:
-            for user in level.pop().users:
-                if user in seen:
+            for other in towards(level.pop()):
+                if other in seen:
                     continue
-                seen.add(user)
-                if user.kind == "weight":
-                    found.append(user)
-                elif user.kind != "norm":
-                    (merged if user.kind == "merge" else level).append(user)
+                seen.add(other)
+                if other.kind == "weight":
+                    found.append(other)
+                elif passes(other):
+                    (merges if other.kind == "merge" else level).append(other)
         if found:
-            return tuple(dict.fromkeys(n.name for n in sorted(found, key=lambda n: n.order)))
-        level = merged
-    return ()
+            return sorted(found, key=lambda n: n.order)
+        level = merges
+    return []
 
 
 def run(model: nn.Module, batch: Any, forward: Callable[..., Any] | None) -> Any:
