@@ -11,12 +11,15 @@ from scipy import stats
 from gammabeta.studies._verdict import (
     Outcome,
     Verdict,
+    controlled,
     equivalence,
     half_width,
     holm,
     interval,
     levels,
+    lies_above,
     number,
+    p_of_interval,
     planned_n,
     sign_flip,
     superiority,
@@ -170,6 +173,50 @@ def test_delta_is_positive(delta):
         superiority([1.0, 2.0], delta)
 
 
+@pytest.mark.parametrize(
+    ("mean", "sd", "status"),
+    [(2.5, 0.1, "supported"), (1.5, 0.1, "refuted"), (2.1, 0.5, "inconclusive")],
+)
+def test_lies_above(mean, sd, status):
+    assert lies_above(spread(mean, sd, 5), 2.0).status == status
+    below = lies_above([-x for x in spread(mean, sd, 5)], -2.0).status
+    opposite = {"supported": "refuted", "refuted": "supported"}
+    assert below == opposite.get(status, status)
+
+
+def test_without_its_positive_control_a_claim_is_not_judged():
+    why = superiority(spread(1.0, 0.1, 5), DELTA)
+    assert controlled(why, superiority(spread(2.0, 0.1, 5), DELTA)) == why
+    for mean in (0.0, 0.29):
+        outcome = controlled(why, superiority(spread(mean, 0.5, 5), DELTA))
+        assert outcome.status == "inconclusive"
+        assert "nothing to explain here" in outcome.reason
+        assert outcome.interval == why.interval
+
+
+@pytest.mark.parametrize("n", [4, 9])
+@pytest.mark.parametrize("mean", [-0.4, 0.05, 0.3, 0.6, 4.0])
+def test_p_is_below_five_percent_exactly_where_the_interval_decides(mean, n):
+    for sd in (0.05, 0.2, 0.5, 2.0):
+        x = spread(mean, sd, n)
+        assert (superiority(x, 1e-9).p < 0.05) == (interval(x).lo > 0)
+        assert (lies_above(x, 0.1).p < 0.05) == (interval(x).lo > 0.1)
+        assert (equivalence(x, DELTA).p < 0.05) == (equivalence(x, DELTA).status == "supported")
+        assert (number(x, 4.0).p < 0.05) == (number(x, 4.0).status == "supported")
+        i = interval(x)
+        assert p_of_interval(i.mean, i.lo, i.hi, n) == pytest.approx(
+            stats.ttest_1samp(x, 0.0).pvalue, rel=1e-9
+        )
+    assert superiority([1.0, 1.0, 1.0], DELTA).p == 0
+    assert superiority([1.0], DELTA).p is None
+
+
+def test_the_p_of_a_universal_claim_is_its_largest():
+    cells = {"a": spread(2.0, 0.2, 5), "b": spread(0.6, 0.4, 5)}
+    assert universal(cells, DELTA).p == superiority(cells["b"], DELTA).p
+    assert universal(cells | {"c": []}, DELTA).p is None
+
+
 # --- universal, Holm, levels ---------------------------------------------------------------------
 
 
@@ -269,8 +316,14 @@ def wrongly_supported(rule, truth: float, n: int) -> float:
         (lambda x: number(x, 5.0, DELTA), 5.0 + DELTA),
         (lambda x: number(x, 5.0, DELTA), 5.0 - DELTA),
         (lambda x: universal({"big": spread(9, 0.2, 5), "none": x}, DELTA), 0.0),
+        (lambda x: lies_above(x, 2.0), 2.0),
+        (lambda x: lies_above([-v for v in x], -2.0), 2.0),
+        (lambda x: controlled(superiority(x, DELTA), superiority(spread(9, 1, 5), DELTA)), 0.0),
     ],
-    ids=["above-0", "above-0-by-delta", "eq+", "eq-", "number+", "number-", "universal"],
+    ids=[
+        *("above-0", "above-0-by-delta", "eq+", "eq-", "number+", "number-", "universal"),
+        *("lies-above", "lies-below", "controlled"),
+    ],
 )
 def test_supported_on_the_boundary_is_rare(rule, truth, n):
     assert wrongly_supported(rule, truth, n) <= MOST_WRONG

@@ -20,7 +20,9 @@ from rich.text import Text
 
 if TYPE_CHECKING:
     from gammabeta.studies._claims import Claim
-    from gammabeta.studies._run import Estimate, Event, Result
+    from gammabeta.studies._judge import Multiplicity
+    from gammabeta.studies._kept import Kept
+    from gammabeta.studies._run import Estimate, Event, Result, Status
 
 Found = Mapping[str, Any]  # a verdict, as its to_json() gives it
 
@@ -277,6 +279,17 @@ def other_rules(rules: Mapping[str, Mapping[str, float]], known: Mapping[str, Cl
     console.print()
 
 
+def multiplicity(found: Multiplicity) -> None:
+    """How many of the verdicts "supported" chance alone may have given."""
+    judged = sum(p is not None for p, _ in found.family.values())
+    console = _console()
+    console.print(
+        f"\nOf {found.supported} supported claims at most {found.expected_false:.2f} false ones "
+        f"are to be expected. {found.how} Headline claims with a p-value: {judged} of "
+        f"{len(found.family)}."
+    )
+
+
 def notice(text: str, last: str) -> None:
     """A paragraph, and after it one whole line that no width breaks."""
     text = text.removesuffix(last).strip()
@@ -334,6 +347,9 @@ def estimate(found: Estimate) -> None:
         if len(waves) > 1:
             total = sum(wave.cpu_seconds for wave in waves)
             add(name, "all", sum(wave.cells for wave in waves), total)
+    if len({wave.experiment for wave in found.waves}) > 1:
+        table.add_row()
+        add("all", "", found.cells, found.cpu_seconds)
     if found.waves:
         console.print(table)
         console.print()
@@ -342,10 +358,45 @@ def estimate(found: Estimate) -> None:
         have += f" {found.stale} were made by other code: --refresh makes them again."
     cost = f"about {duration(max(found.seconds, 1))}" if found.cells else "no time"
     console.print(
-        f"{found.cells} cells to run on {found.data}: {found.cpu_seconds:.0f} CPU seconds, {cost} "
-        f"on {found.jobs} processes.{have} "
+        f"{found.cells} cells to run on {found.data}: {cost} on {found.jobs} processes.{have} "
         "Nothing was written."
     )
+
+
+def status(found: Sequence[Status]) -> None:
+    """What run folders hold of each experiment."""
+    console = _console()
+    if not found:
+        console.print("There are no cells of these experiments yet: `gammabeta study run`.")
+        return
+    right = {"justify": "right", "no_wrap": True}
+    names = ("done", "missing", "stale", "failed", "CPU seconds")
+    table = _table(("experiment", {}), ("on", {}), *((name, right) for name in names))
+    for entry in found:
+        counts = (entry.done, entry.missing, entry.stale, entry.failed)
+        where = f"{entry.data}, {entry.budget}"
+        cpu = f"{entry.cpu_seconds:.0f}"
+        table.add_row(entry.experiment, where, *(f"{n}" for n in counts), cpu)
+    console.print(table)
+    hints = [
+        (any(e.missing for e in found), "missing: the same `gammabeta study run` goes on"),
+        (any(e.stale for e in found), "stale, made by other code: --refresh makes them again"),
+        (any(e.failed for e in found), "failed: --retry-failed tries them again"),
+    ]
+    for shown, text in hints:
+        if shown:
+            console.print(f"  {text}")
+
+
+def kept(found: Sequence[Kept]) -> None:
+    """What was packed, and what a reader of it must know."""
+    console = _console()
+    for entry in found:
+        extra = f", thinned to {entry.thinned} steps a cell" if entry.thinned else ""
+        extra += f"; {entry.open_cells} wanted cells are missing" if entry.open_cells else ""
+        console.print(
+            f"{entry.path}: {entry.cells} cells, {entry.size / 1000:.0f} KB{extra}", soft_wrap=True
+        )
 
 
 class Progress:
@@ -357,7 +408,7 @@ class Progress:
     def __init__(self) -> None:
         self._console = _console(stderr=True)
         self._bar: Any = None
-        self._task: Any = None
+        self._tasks: dict[str, Any] = {}
         self._told = -math.inf
         self._failures = 0
 
@@ -367,14 +418,13 @@ class Progress:
             from rich.progress import Progress as Bar
 
             self._bar = Bar(
-                BarColumn(),
+                BarColumn(bar_width=20),
                 MofNCompleteColumn(),
                 TextColumn("cells{task.fields[rest]}"),
                 console=self._console,
                 transient=True,
             )
             self._bar.start()
-            self._task = self._bar.add_task("", total=None, rest="")
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -396,10 +446,25 @@ class Progress:
             rest += f", about {duration(event.eta_seconds)} left"
         ended = event.done + event.failed
         if self._bar is not None:
-            self._bar.update(self._task, completed=ended, total=event.total, rest=rest)
+            self._draw(event, rest)
         elif time.monotonic() - self._told >= self.SECONDS:
             self._told = time.monotonic()
             self._console.print(f"{ended} of {event.total} cells{rest}", soft_wrap=True)
+
+    def _draw(self, event: Event, rest: str) -> None:
+        """One bar for all, and below it one for each experiment that still has cells to run."""
+        lines = {"": (event.done + event.failed, event.total, rest)}
+        if len(event.parts) > 1:
+            for name, part in event.parts.items():
+                failed = f", {part.failed} failed" if part.failed else ""
+                lines[name] = (part.done + part.failed, part.total, f" of {name}{failed}")
+        for name, (count, total, text) in lines.items():
+            if name not in self._tasks:
+                self._tasks[name] = self._bar.add_task("", total=None, rest="")
+            going = not name or count < total
+            self._bar.update(
+                self._tasks[name], completed=count, total=total, rest=text, visible=going
+            )
 
 
 def ended(result: Result) -> None:

@@ -73,7 +73,10 @@ def run(
     deadline: Annotated[
         float | None, Parameter(group=_HOW, validator=validators.Number(gt=0))
     ] = None,
+    dask: Annotated[str | None, Parameter(group=_HOW)] = None,
     force: Annotated[bool, Parameter(group=_HOW, show_default=False)] = False,
+    refresh: Annotated[bool, Parameter(group=_HOW, show_default=False)] = False,
+    retry_failed: Annotated[bool, Parameter(group=_HOW, show_default=False)] = False,
     dry_run: Annotated[bool, Parameter(group=_INSTEAD, show_default=False)] = False,
     cell: Annotated[str | None, Parameter(group=_INSTEAD)] = None,
 ) -> int:
@@ -99,10 +102,16 @@ def run(
         Worker processes; one a core unless given.
     deadline
         Seconds after which nothing new is started; 240 for the set headline.
+    dask
+        tcp://HOST:PORT of a Dask scheduler, whose workers then run the cells.
     force
         Make finished cells again.
+    refresh
+        Make those cells again that other code made; else such an experiment is left as it is.
+    retry_failed
+        Try those cells again that failed before.
     dry_run
-        Say what would be run and how long it would take; write nothing.
+        Say what would be run and how many CPU seconds it would take; write nothing.
     cell
         Repeat one cell of the run folder alone; its name has 16 digits.
     """
@@ -127,6 +136,7 @@ def run(
             "jobs": jobs,
             "seeds": seeds,
             "force": force,
+            "refresh": refresh,
         }
         if dry_run:
             estimate = _run.estimate(chosen, **settings)
@@ -137,7 +147,14 @@ def run(
         if deadline is None and wanted == ["headline"]:
             deadline = 240.0
         with _terminal.Progress() as progress:
-            result = _run.run(chosen, deadline_seconds=deadline, progress=progress, **settings)
+            result = _run.run(
+                chosen,
+                deadline_seconds=deadline,
+                progress=progress,
+                retry_failed=retry_failed,
+                dask=dask,
+                **settings,
+            )
         if result.interrupted:
             raise KeyboardInterrupt
         _terminal.ended(result)
@@ -149,13 +166,15 @@ def run(
         _terminal.verdicts(
             [verdict.to_json() for verdict in shown], _judge.surprises(shown), _claims.claims()
         )
+        if judged.multiplicity is not None:
+            _terminal.multiplicity(judged.multiplicity)
         if page is not None:
             print(f"\nPage: {page}")
         if result.data == "digits":
             _terminal.notice(result.notice, _data.HOW_TO_GET_MNIST)
     if trouble:
         raise Unusable(trouble)
-    return FAILED if result.failed else FINE
+    return FAILED if result.failed or result.failed_before else FINE
 
 
 def _keep(out: Path, judged: Any) -> tuple[Path | None, str]:
@@ -233,13 +252,92 @@ def show(what: Words = None, /, *, json: Json = False) -> int:
 
 @study.command(
     help_epilogue=examples(
-        "study judge runs/headline", "study judge runs/headline --set act-all.delta=0.5"
+        "study status              # the newest run below runs/",
+        "study status runs/a runs/b",
+        "study status act-all runs/small --json",
+    )
+)
+def status(
+    what: Words = None,
+    /,
+    *,
+    seeds: Annotated[int | None, Parameter(validator=_SEEDS)] = None,
+    json: Json = False,
+) -> int:
+    """Tell what run folders hold: cells done, missing, stale (made by other code), failed.
+
+    Parameters
+    ----------
+    what
+        Run folders (the newest one below runs/ unless given), claims or experiments.
+    seeds
+        Seeds for each arm, as the run was told.
+    """
+    from gammabeta import _terminal
+
+    with usable():
+        from gammabeta.studies import _status
+
+        paths, asked = sorted_out(what or [])
+        ids = list(dict.fromkeys(c.experiment for c in asked if c.experiment)) if asked else None
+        found = _status.status(run_folders(paths), ids, seeds=seeds)
+    if json:
+        return dump([entry._asdict() for entry in found])
+    _terminal.status(found)
+    return FINE
+
+
+@study.command(
+    help_epilogue=examples(
+        "study accept runs/small   # into results/",
+        "study accept runs/a runs/b --only activations --budget small",
+    )
+)
+def accept(
+    paths: Runs = None,
+    /,
+    *,
+    out: Annotated[Path, Parameter(alias="-o")] = Path("results"),
+    only: Words = None,
+    budget: Literal["tiny", "small", "full"] | None = None,
+) -> int:
+    """Keep the rows of accepted runs: pack them, an experiment a file, to be committed.
+
+    Parameters
+    ----------
+    paths
+        Run folders; the newest one below runs/ unless given.
+    out
+        Where the packed rows lie.
+    only
+        Claims or experiments; all that are there unless given.
+    budget
+        The budget whose cells are kept; the largest that is there unless given.
+    """
+    from gammabeta import _terminal
+
+    with usable():
+        from gammabeta.studies import _claims, _experiments, _kept
+
+        known = {key: e.CLAIMS for key, e in _experiments.experiments().items()}
+        ids = _claims.resolve(only, known) if only else None
+        kept = _kept.accept(run_folders(paths), out, ids, budget=budget)
+    _terminal.kept(kept)
+    return FINE
+
+
+@study.command(
+    help_epilogue=examples(
+        "study judge runs/headline",
+        "study judge results --set act-all.delta=0.5",
+        "study judge results -o docs/verdicts.md",
     )
 )
 def judge(
     paths: Runs = None,
     /,
     *,
+    out: Annotated[Path | None, Parameter(alias="-o")] = None,
     json: Json = False,
     rules: Annotated[list[str] | None, Parameter(name="--set")] = None,
 ) -> int:
@@ -248,7 +346,10 @@ def judge(
     Parameters
     ----------
     paths
-        Run folders; the newest one below runs/ unless given. Of several nothing is kept.
+        Run folders, or kept rows; the newest run below runs/ unless given. Of several nothing is
+        kept.
+    out
+        Write the verdicts of kept rows on MNIST into this Markdown page instead.
     rules
         CLAIM.THRESHOLD=VALUE: judge by another rule. The run folder stays as it is.
     """
@@ -258,6 +359,8 @@ def judge(
     with usable():
         changed = _claims.rules(rules or [])
         found = run_folders(paths)
+        if out is not None:
+            return _page(found, out, bool(changed or json))
         judged = _judged(found, changed)
     if not json and changed:
         _terminal.other_rules(changed, _claims.claims())
@@ -265,13 +368,28 @@ def judge(
         dump([public(verdict.to_json()) for verdict in judged.verdicts])
     else:
         _print(judged)
-    if len(found) == 1 and not changed:
+    if len(found) == 1 and found[0].is_dir() and not changed:
         from gammabeta.studies import _judge
 
         try:
             _judge.write_derived(found[0], judged)
         except OSError as error:
             complain(f"The verdicts were not kept, {found[0]} cannot be written: {error}.")
+    return FINE
+
+
+def _page(found: list[Path], out: Path, more: bool) -> int:
+    from gammabeta import _runs
+    from gammabeta.studies import _kept
+
+    if more:
+        raise Unusable("--out writes the verdicts by the registry's rules: no --set, no --json.")
+    if len(found) != 1 or not found[0].is_dir():
+        raise Unusable("--out takes one folder of kept rows, as `gammabeta study accept` makes it.")
+    text = _kept.page(found[0])
+    out.parent.mkdir(parents=True, exist_ok=True)
+    _runs.write_whole(out, text.encode())
+    print(out)
     return FINE
 
 
@@ -293,6 +411,8 @@ def _print(judged: Any) -> None:
 
     verdicts = [verdict.to_json() for verdict in judged.verdicts]
     _terminal.verdicts(verdicts, judged.surprises, _claims.claims())
+    if judged.multiplicity is not None:
+        _terminal.multiplicity(judged.multiplicity)
     if judged.notice:
         _terminal.notice(judged.notice, _data.HOW_TO_GET_MNIST)
 

@@ -2,7 +2,9 @@
 
 import dataclasses
 import inspect
+import json
 import math
+import random
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -18,6 +20,30 @@ if TYPE_CHECKING:
     from gammabeta.studies._verdict import Verdict
 
 _MOST_SURPRISES = 3
+_LEVEL = 0.05
+_TESTED = ("supported", "refuted", "mixed", "inconclusive")
+_HOW = (
+    "An upper bound, for claims none of which is true: 5 % for each statistical claim outside of "
+    "the headline family that was judged (superiority errs at 2.5 %, equivalence and number at "
+    "5 %), and 5 % for that family as a whole (Holm). Fair verdicts only."
+)
+
+
+class Multiplicity(NamedTuple):
+    """What testing many claims at once does to the word "supported".
+
+    `family` has p and Holm's p for each headline claim, None for one that gave no p (it counts
+    as 1). `expected_false` bounds the expected number of false "supported"; `how` says how.
+    """
+
+    family: dict[str, tuple[float | None, float | None]]
+    expected_false: float
+    supported: int
+    how: str
+
+    def to_json(self) -> dict[str, Any]:
+        plain = {claim: {"p": p, "p_holm": adj} for claim, (p, adj) in self.family.items()}
+        return {**self._asdict(), "family": plain}
 
 
 class Judged(NamedTuple):
@@ -28,6 +54,7 @@ class Judged(NamedTuple):
     surprises: list[str]
     notice: str | None
     protocols: dict[str, str]  # experiment -> its protocol in plain words
+    multiplicity: Multiplicity | None = None  # None: nothing was tested
 
 
 class Selection(NamedTuple):
@@ -83,7 +110,10 @@ def select(
 
 
 def _age(cells: Iterable[StoredCell]) -> float:
-    return max((cell.path / "spec.json").stat().st_mtime for cell in cells)
+    files = {
+        spec if (spec := cell.path / "spec.json").exists() else cell.path.parent for cell in cells
+    }
+    return max(file.stat().st_mtime for file in files)
 
 
 def judge(
@@ -129,7 +159,97 @@ def judge(
         protocols[experiment.id] = inspect.cleandoc(experiment.protocol)
         if selection.cells[0].spec["data"]["name"] == "digits":
             notice = f"{_data.DIGITS_NOTICE} {_data.HOW_TO_GET_MNIST}"
-    return Judged(verdicts, figures, surprises(verdicts), notice, protocols)
+    verdicts, counted = corrected(verdicts)
+    return Judged(verdicts, figures, surprises(verdicts), notice, protocols, counted)
+
+
+def corrected(verdicts: "Sequence[Verdict]") -> "tuple[list[Verdict], Multiplicity | None]":
+    """Holm's correction over the headline claims, and how many false "supported" to expect.
+
+    The family is always all headline claims of the registry; those that were not judged, or gave
+    no p, count with p = 1. One that is supported alone but not after the correction becomes
+    inconclusive. All other claims stand unadjusted.
+    """
+    from gammabeta.studies._claims import claims
+    from gammabeta.studies._verdict import holm
+
+    known = claims()
+    tested = [v for v in verdicts if v.status in _TESTED and v.claim in known]
+    if not tested:
+        return list(verdicts), None
+    own = {v.claim: _p(v) for v in tested if known[v.claim].headline}
+    family = [claim.id for claim in known.values() if claim.headline]
+    adjusted = holm({claim: 1.0 if (p := own.get(claim)) is None else p for claim in family})
+    found = []
+    for verdict in verdicts:
+        p = own.get(verdict.claim)
+        if verdict.status == "supported" and verdict.claim in own:
+            note = f"one of {len(family)} headline claims"
+            if p is None:
+                note = f"As {note} it needs a p-value, and has none: Holm's correction is not made."
+            else:
+                note = f"Holm's correction as {note}: p = {p:.2g}, {adjusted[verdict.claim]:.2g}."
+            verdict = dataclasses.replace(verdict, notes=[*verdict.notes, note])
+            if p is not None and adjusted[verdict.claim] >= _LEVEL:
+                sentence = (
+                    f"Undecided after Holm's correction over the {len(family)} headline claims. "
+                    f"Alone: {verdict.sentence}"
+                )
+                verdict = dataclasses.replace(verdict, status="inconclusive", sentence=sentence)
+        found.append(verdict)
+    others = sum(
+        not known[v.claim].headline and known[v.claim].kind == "statistical" for v in tested
+    )
+    pairs = {
+        claim: (own.get(claim), None if own.get(claim) is None else adjusted[claim])
+        for claim in family
+    }
+    bound = round(_LEVEL * (others + bool(own)), 3)
+    return found, Multiplicity(pairs, bound, sum(v.status == "supported" for v in found), _HOW)
+
+
+def _p(verdict: "Verdict") -> float | None:
+    """The verdict's own p; without one, that of fair cells whose intervals all lie above 0."""
+    from gammabeta.studies._verdict import p_of_interval
+
+    if verdict.p is not None:
+        return verdict.p
+    found = []
+    for cell in verdict.cells:
+        if cell.get("part") == "fair":
+            mean, lo, hi = cell.get("effect"), cell.get("lo"), cell.get("hi")
+            if mean is None or lo is None or hi is None or not lo > 0:
+                return None
+            found.append(p_of_interval(mean, lo, hi, cell["n"]))
+    return max(found, default=None)
+
+
+def sign_flipped(
+    cells: Sequence[StoredCell], key: str, chance: random.Random, beside: Sequence[str] = ("rate",)
+) -> list[Row]:
+    """Rows in which each pair of cells has changed places or not, by chance.
+
+    A pair is two cells that differ in the arm's `key`, and at most in `beside`: the same as
+    flipping the sign of their difference. Groups that are no pairs (a search over rates) stay.
+    Where a judge finds "supported" in more than 5 % of such draws, it errs.
+
+    Args:
+        key: what tells the two arms of a pair apart, such as "norm".
+        chance: draws; seeded, so that a failure can be repeated.
+        beside: what may differ as well, such as each arm's own best learning rate.
+    """
+    groups: dict[str, list[StoredCell]] = defaultdict(list)
+    for cell in cells:
+        arm = {k: v for k, v in cell.spec["arm"].items() if k != key and k not in beside}
+        groups[json.dumps([cell.spec["seed"], arm], sort_keys=True)].append(cell)
+    rows: list[Row] = []
+    for group in groups.values():
+        values = {cell.spec["arm"].get(key) for cell in group}
+        if len(group) == 2 and len(values) == 2 and chance.random() < 0.5:
+            first, second = group
+            group = [first._replace(rows=second.rows), second._replace(rows=first.rows)]
+        rows += [row for cell in group for row in cell.flat()]
+    return rows
 
 
 def surprises(verdicts: "Sequence[Verdict]") -> list[str]:
@@ -163,6 +283,8 @@ def write_derived(run: Path, judged: Judged) -> None:
         RunError: an experiment gave a verdict or a figure that lacks a field.
         OSError: the folder cannot be written.
     """
+    from gammabeta.studies import _claims
+
     # a newer format must not be overwritten: reading it says which version reads it
     _runs.read_verdicts(run)
     _runs.read_figures(run)
@@ -173,10 +295,14 @@ def write_derived(run: Path, judged: Judged) -> None:
         "surprises": judged.surprises,
         "notice": judged.notice,
         "protocols": judged.protocols,
+        "multiplicity": judged.multiplicity.to_json() if judged.multiplicity else None,
     }
     figures = {**head, "figures": _plain(judged.figures)}
     _runs.check_verdicts(verdicts, run / "verdicts.json")
     _runs.check_figures(figures, run / "figures.json")
+    if _runs.packed_files(run):
+        # Beside kept rows there is no registry as it was; that of the verdicts goes with them.
+        _runs.write_json(run / "claims.json", {**head, "claims": _claims.public()})
     _runs.write_json(run / "verdicts.json", verdicts)
     _runs.write_json(run / "figures.json", figures)
 

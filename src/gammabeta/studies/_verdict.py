@@ -26,6 +26,7 @@ STATUSES = ("supported", "refuted", "mixed", "inconclusive", "exact", "fails", "
 _SIGN_FLIP_LEAST, _SIGN_FLIP_MOST = 6, 40
 # Beyond this many seeds "more would decide" is no advice.
 _MOST_SEEDS = 1000
+_WIDE = "the interval is too wide"
 
 
 class Interval(NamedTuple):
@@ -51,7 +52,9 @@ class Outcome:
     ``n_needed`` is the number of seeds that would decide an inconclusive outcome if mean and
     standard deviation stayed as they are (None if there is none below 1,000, or nothing to say).
     A universal rule also gives the outcome of each cell and the name of the weakest one, whose
-    interval is its own.
+    interval is its own. ``p`` is the p-value of what "supported" has to reject, comparable with
+    0.05 for every rule: two-sided for superiority, the larger of two one-sided ones for
+    equivalence and number, the largest of its cells for universal.
     """
 
     status: str
@@ -60,6 +63,7 @@ class Outcome:
     n_needed: int | None = None
     cells: Mapping[str, "Outcome"] = dataclasses.field(default_factory=dict)
     weakest: str | None = None
+    p: float | None = None
 
 
 def half_width(sd: float, n: int, level: float = 0.95) -> float:
@@ -148,14 +152,54 @@ def superiority(values: Iterable[float], delta: float, least: int = 2) -> Outcom
     if short is not None:
         return short
     i = interval(x)
+    p = min(1.0, 2 * _p_above(i, 0.0))
     if i.hi < delta:
         reason = "reversed" if i.hi < 0 else "too small to matter" if i.lo > 0 else "absent"
-        return Outcome("refuted", i, reason)
+        return Outcome("refuted", i, reason, p=p)
     if i.lo > 0 and i.mean >= delta:
-        return Outcome("supported", i, f"above 0, and at least {delta:g} on average")
+        return Outcome("supported", i, f"above 0, and at least {delta:g} on average", p=p)
     # Above delta the interval has to clear 0, below it has to clear delta.
     needed = _seeds_for(i.sd, i.mean if i.mean >= delta else delta - i.mean)
-    return Outcome("inconclusive", i, _advice("the interval is too wide", needed), needed)
+    return Outcome("inconclusive", i, _advice(_WIDE, needed), needed, p=p)
+
+
+def lies_above(values: Iterable[float], bound: float, least: int = 2) -> Outcome:
+    """Does the mean lie above a stated value? ("Below" is the same of the negative values.)
+
+    With the 95 % interval [lo, hi]: supported if lo > bound; refuted if hi < bound; else
+    inconclusive.
+
+    >>> lies_above([2.1, 2.2, 2.3], 2.0).status
+    'inconclusive'
+    >>> lies_above([2.1, 2.2, 2.3, 2.2], 2.0).status
+    'supported'
+    """
+    if not math.isfinite(bound):
+        raise ValueError(f"bound must be finite, got {bound}. Take it from the rule.")
+    x = [float(v) for v in values]
+    short = _too_few(x, least)
+    if short is not None:
+        return short
+    i = interval(x)
+    p = min(1.0, 2 * _p_above(i, bound))
+    if i.lo > bound:
+        return Outcome("supported", i, f"above {bound:g}", p=p)
+    if i.hi < bound:
+        return Outcome("refuted", i, f"below {bound:g}", p=p)
+    needed = _seeds_for(i.sd, abs(i.mean - bound))
+    return Outcome("inconclusive", i, _advice(_WIDE, needed), needed, p=p)
+
+
+def controlled(outcome: Outcome, control: Outcome) -> Outcome:
+    """The outcome, where the positive control is supported; else inconclusive.
+
+    A claim about why batch normalization helps is judged only where it helps: ``control`` is the
+    superiority of "with" over "without" in the same cells.
+    """
+    if control.status == "supported":
+        return outcome
+    reason = f"nothing to explain here: the positive control is {control.status}"
+    return dataclasses.replace(outcome, status="inconclusive", reason=reason, n_needed=None)
 
 
 def equivalence(values: Iterable[float], delta: float, least: int = 2) -> Outcome:
@@ -170,15 +214,16 @@ def equivalence(values: Iterable[float], delta: float, least: int = 2) -> Outcom
     if short is not None:
         return short
     narrow, i = interval(x, 0.90), interval(x)
+    p = max(_p_above(i, -delta), _p_below(i, delta))
     if -delta < narrow.lo and narrow.hi < delta:
-        return Outcome("supported", i, f"within ±{delta:g}")
+        return Outcome("supported", i, f"within ±{delta:g}", p=p)
     if abs(i.mean) >= delta and (i.lo > 0 or i.hi < 0):
-        return Outcome("refuted", i, f"a difference of at least {delta:g}")
+        return Outcome("refuted", i, f"a difference of at least {delta:g}", p=p)
     inside = abs(i.mean) < delta
     needed = _seeds_for(
         i.sd, delta - abs(i.mean) if inside else abs(i.mean), 0.9 if inside else 0.95
     )
-    return Outcome("inconclusive", i, _advice("the interval is too wide", needed), needed)
+    return Outcome("inconclusive", i, _advice(_WIDE, needed), needed, p=p)
 
 
 def number(
@@ -195,13 +240,14 @@ def number(
     if short is not None:
         return short
     narrow, i = interval(x, 0.90), interval(x)
+    p = max(_p_above(i, value - tolerance), _p_below(i, value + tolerance))
     if value - tolerance < narrow.lo and narrow.hi < value + tolerance:
-        return Outcome("supported", i, f"within {tolerance:g} of {value:g}")
+        return Outcome("supported", i, f"within {tolerance:g} of {value:g}", p=p)
     if i.hi < value - tolerance or i.lo > value + tolerance:
-        return Outcome("refuted", i, f"not within {tolerance:g} of {value:g}")
+        return Outcome("refuted", i, f"not within {tolerance:g} of {value:g}", p=p)
     gap = tolerance - abs(i.mean - value)
     needed = _seeds_for(i.sd, abs(gap), 0.90 if gap > 0 else 0.95)
-    return Outcome("inconclusive", i, _advice("the interval is too wide", needed), needed)
+    return Outcome("inconclusive", i, _advice(_WIDE, needed), needed, p=p)
 
 
 def universal(cells: Mapping[str, Sequence[float]], delta: float, least: int = 2) -> Outcome:
@@ -240,7 +286,10 @@ def universal(cells: Mapping[str, Sequence[float]], delta: float, least: int = 2
     needs = [outcomes[n].n_needed for n in by["inconclusive"]]
     known = [n for n in needs if n is not None]
     needed = max(known) if status == "inconclusive" and len(known) == len(needs) else None
-    return Outcome(status, effect, reason, needed, outcomes, weakest)
+    # An intersection-union test: all hypotheses have to be rejected, the last one too.
+    known_p = [o.p for o in outcomes.values() if o.p is not None]
+    largest = max(known_p) if len(known_p) == len(outcomes) else None
+    return Outcome(status, effect, reason, needed, outcomes, weakest, largest)
 
 
 def levels(a: Outcome, b: Outcome) -> str:
@@ -292,7 +341,9 @@ class Verdict:
 
     ``status`` is the fair verdict, ``published_status`` the one in the source's own setting.
     ``cells`` holds one dict per contrast: name, part, effect, lo, hi, n, status. ``half_width`` is
-    the one reached by the effect, ``planned_half_width`` the one predicted from the pilot.
+    the one reached by the effect, ``planned_half_width`` the one predicted from the pilot. An exact
+    claim has no smallest effect of interest: its ``delta`` is None. ``p`` is that of the fair
+    outcome.
     """
 
     claim: str
@@ -306,12 +357,13 @@ class Verdict:
     reported: str
     budget: str
     data: str
-    delta: float
+    delta: float | None
     half_width: float | None
     planned_half_width: float | None
     sentence: str
     cells: list[dict[str, Any]] = dataclasses.field(default_factory=list)
     notes: list[str] = dataclasses.field(default_factory=list)
+    p: float | None = None
 
     def __post_init__(self) -> None:
         for status in (self.status, self.published_status):
@@ -344,6 +396,25 @@ def _p_below(i: Interval, delta: float) -> float:
     if i.sd == 0:
         return 0.0 if i.mean < delta else 1.0
     return float(student.cdf((i.mean - delta) * math.sqrt(i.n) / i.sd, i.n - 1))
+
+
+def _p_above(i: Interval, bound: float) -> float:
+    """One-sided p-value of the hypothesis "mean <= bound"."""
+    if i.sd == 0:
+        return 0.0 if i.mean > bound else 1.0
+    return float(student.sf((i.mean - bound) * math.sqrt(i.n) / i.sd, i.n - 1))
+
+
+def p_of_interval(mean: float, lo: float, hi: float, n: int) -> float:
+    """Two-sided p-value of "the mean is 0" from a 95 % t interval of n values.
+
+    >>> round(p_of_interval(2.0, 0.0, 4.0, 5), 6)
+    0.05
+    """
+    if hi == lo:
+        return 0.0 if mean else 1.0
+    ratio = abs(mean) / ((hi - lo) / 2) * _quantile(0.975, n - 1)
+    return float(2 * student.sf(ratio, n - 1))
 
 
 def _seeds_for(sd: float, target: float, level: float = 0.95) -> int | None:

@@ -1,0 +1,143 @@
+"""The verdicts as one Markdown page: tables first, then each answer in words."""
+
+from collections.abc import Iterable, Mapping, Sequence
+
+from gammabeta._runs import StoredCell
+from gammabeta.studies._claims import claims
+from gammabeta.studies._judge import Judged, Multiplicity
+from gammabeta.studies._provenance import Rule, digest
+from gammabeta.studies._verdict import Verdict
+
+_HEAD = """\
+# Verdicts
+
+Made from the rows in `results/` by a command, which gives this page again without training; a test
+does so and compares. Do not edit it.
+
+    gammabeta study judge results -o docs/verdicts.md
+
+A verdict holds for its place: MNIST, the network and the budget that its sentence names. *As
+published* is the source's own setting and way of evaluation, *fair* gives each network its own best
+learning rate; they may differ, and that is the finding. *Half-width* is half the 95 % interval:
+planned from a pilot, then reached. *Rule* is the commit in which the claim's rule last changed;
+**amended after data** stands, for ever, where that was after the first of its rows was made.
+"""
+
+
+def write(
+    cells: Sequence[StoredCell], judged: Mapping[str, Judged], rules: Mapping[str, Rule]
+) -> str:
+    """The whole page: one part for each budget."""
+    parts = [_HEAD]
+    for budget, found in judged.items():
+        parts.append(f"## Budget {budget}\n")
+        parts.append(_table(found.verdicts, rules))
+        if found.multiplicity is not None:
+            parts.append(_multiplicity(found.multiplicity))
+        if found.surprises:
+            parts.append("### What surprised\n")
+            parts.append("\n".join(f"- {_plain(text)}" for text in found.surprises) + "\n")
+        parts.append("### The answers\n")
+        parts += [_answer(verdict, rules.get(verdict.claim)) for verdict in found.verdicts]
+    parts.append(_made_by(cells))
+    return "\n".join(parts)
+
+
+def _table(verdicts: Iterable[Verdict], rules: Mapping[str, Rule]) -> str:
+    known = claims()
+    order = {claim: number for number, claim in enumerate(known)}
+    rows = []
+    for v in sorted(verdicts, key=lambda v: order.get(v.claim, len(order))):
+        effect = "–" if v.effect is None else _number(v.effect)
+        interval = "–" if v.ci is None else f"{_number(v.ci[0])} to {_number(v.ci[1])}"
+        widths = f"{_size(v.planned_half_width)} / {_size(v.half_width)}"
+        star = " *" if v.claim in known and known[v.claim].headline else ""
+        columns = (
+            f"[{v.claim}](#{v.claim.lower()}-{v.budget}){star}",
+            v.published_status or "–",
+            v.status,
+            effect,
+            interval,
+            _plain(v.unit) or "–",
+            f"{v.n}",
+            _size(v.delta),
+            widths,
+            _rule(v.claim, rules.get(v.claim)),
+        )
+        rows.append(f"| {' | '.join(columns)} |")
+    head = (
+        "| claim | as published | fair | effect | 95 % interval | unit | n | delta "
+        "| half-width planned / reached | rule |\n" + "|---" * 10 + "|"
+    )
+    return "\n".join([head, *rows]) + "\n\n\\* headline claim\n"
+
+
+def _rule(claim: str, rule: Rule | None) -> str:
+    if rule is None:
+        return "–"
+    commit = f"`{rule.commit[:10]}`" if rule.commit else "no history"
+    changed = claim in claims() and digest(claims()[claim]) != rule.digest
+    return f"{commit}, **amended after data**" if rule.amended or changed else commit
+
+
+def _multiplicity(found: Multiplicity) -> str:
+    lines = [
+        "### Many claims at once\n",
+        f"{found.supported} claims are supported in the fair setting; at most "
+        f"{found.expected_false:.2f} false ones are to be expected. {found.how}\n",
+        "| headline claim | p | p after Holm |",
+        "|---|---|---|",
+    ]
+    for claim, (p, adjusted) in found.family.items():
+        shown = [("–" if value is None else f"{value:.2g}") for value in (p, adjusted)]
+        lines.append(f"| {claim} | {shown[0]} | {shown[1]} |")
+    return "\n".join(lines) + "\n"
+
+
+def _answer(verdict: Verdict, rule: Rule | None) -> str:
+    known = claims()
+    question = known[verdict.claim].question if verdict.claim in known else verdict.claim
+    lines = [f"#### {verdict.claim} {verdict.budget}\n", f"{_plain(question)}\n"]
+    lines.append(f"{_plain(verdict.sentence)}\n")
+    if verdict.reported:
+        lines.append(f"- Reported: {_plain(verdict.reported)}")
+    if rule is not None:
+        changed = f" of {rule.changed}" if rule.changed else ""
+        lines.append(
+            f"- Rule: {_rule(verdict.claim, rule)}{changed}; oldest row {rule.rows_since}."
+        )
+    lines += [f"- {_plain(note)}" for note in verdict.notes]
+    return "\n".join(lines) + "\n"
+
+
+def _made_by(cells: Sequence[StoredCell]) -> str:
+    lines = ["## The rows\n", "| experiment | budget | cells | rows | code | versions |"]
+    lines.append("|---" * 6 + "|")
+    groups: dict[tuple[str, str, str, str], list[StoredCell]] = {}
+    for cell in cells:
+        spec = cell.spec
+        versions = ", ".join(f"{name} {text}" for name, text in sorted(spec["versions"].items()))
+        key = (spec["experiment"], spec["budget"], spec["code"], versions)
+        groups.setdefault(key, []).append(cell)
+    for (experiment, budget, code, versions), group in sorted(groups.items()):
+        count = sum(len(cell.rows) for cell in group)
+        columns = (experiment, budget, f"{len(group)}", f"{count}", f"`{code}`", versions)
+        lines.append(f"| {' | '.join(columns)} |")
+    return "\n".join(lines) + "\n"
+
+
+def _plain(text: str) -> str:
+    """Text that Markdown leaves as it is, on one line."""
+    folded = " ".join(text.split())
+    for sign in "\\`*_<>|[]":
+        folded = folded.replace(sign, f"\\{sign}")
+    return folded
+
+
+def _number(value: float) -> str:
+    """A signed number of three digits, with a true minus sign."""
+    return f"{value:+.3g}".replace("-", "−")
+
+
+def _size(value: float | None) -> str:
+    return "–" if value is None else f"{value:.3g}"
