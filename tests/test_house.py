@@ -27,6 +27,7 @@ ROWS = [
     {"report", "studies"},
     {"_check"},
     {"probes", "models"},
+    {"_population"},
     {"_sites"},
     {"_guard"},
     {"layers"},
@@ -36,6 +37,8 @@ ROWS = [
 
 
 def room_of(module: str) -> str:
+    if module.startswith("gammabeta.models._population"):
+        return "_population"  # what probes and models share
     return module.split(".")[1] if "." in module else ""
 
 

@@ -41,6 +41,7 @@ _NAMES = {
     "convert": "models.conversion",
     "freeze": "models.freezing",
     "functional_call": "models.updates",
+    "gap": "probes.train_eval",
     "measure": "probes",
     "no_update": "models.updates",
     "read_record": "_runs._record",
@@ -96,6 +97,7 @@ if TYPE_CHECKING:
     from gammabeta.probes import measure as measure
     from gammabeta.probes.recorder import Recorder as Recorder
     from gammabeta.probes.step import Step as Step
+    from gammabeta.probes.train_eval import gap as gap
 
 
 def __getattr__(name: str) -> Any:

@@ -29,6 +29,16 @@ else:
     from torch.utils._python_dispatch import TorchDispatchMode as _Mode
 
 Call: TypeAlias = tuple[str, int]
+Forward: TypeAlias = Callable[[nn.Module, Any], Any]
+
+
+def run(model: nn.Module, batch: Any) -> Any:
+    """The output for a batch: of a tuple or list the first element is the input, as everywhere
+    in PyTorch's tools; a mapping holds keyword arguments; anything else is the one argument.
+    """
+    if isinstance(batch, tuple | list) and batch:
+        batch = batch[0]
+    return model(**batch) if isinstance(batch, Mapping) else model(batch)
 
 
 @contextmanager
@@ -149,15 +159,15 @@ class Origins(_Mode):
     ) -> Any:
         kwargs = kwargs or {}
         result = func(*args, **kwargs)
-        given = list(_tensors((args, kwargs)))
-        made = list(_tensors(result))
+        given = list(tensors((args, kwargs)))
+        made = list(tensors(result))
         origins = self._all.union(*(self.of(x) for x in given))
         if func._schema.is_mutable:
             written = [
                 a.alias_info is not None and a.alias_info.is_write for a in func._schema.arguments
             ]
-            made += _tensors([a for a, w in zip(args, written, strict=False) if w])
-            made += _tensors(kwargs.get("out"))
+            made += tensors([a for a, w in zip(args, written, strict=False) if w])
+            made += tensors(kwargs.get("out"))
         elif not made:
             self._all = origins
         for x in made:
@@ -165,14 +175,14 @@ class Origins(_Mode):
         return result
 
 
-def _tensors(value: Any) -> Iterator[Tensor]:
+def tensors(value: Any) -> Iterator[Tensor]:
     if isinstance(value, Tensor):
         yield value
     elif isinstance(value, dict):
-        yield from _tensors(list(value.values()))
+        yield from tensors(list(value.values()))
     elif isinstance(value, list | tuple):
         for part in value:
-            yield from _tensors(part)
+            yield from tensors(part)
 
 
 def _memory(x: Tensor) -> int:

@@ -17,12 +17,14 @@ from gammabeta.layers._running import RunningMoments
 from gammabeta.models._find import any_kind
 from gammabeta.models._population import (
     Call,
+    Forward,
     Origins,
     Pool,
     apart,
     by_batch,
     eager,
     gather,
+    run,
     watch,
 )
 from gammabeta.models._table import Table
@@ -50,9 +52,6 @@ class Calibrated(NamedTuple):
     note: str
     before: tuple[Tensor, Tensor] | None
     after: tuple[Tensor, Tensor] | None
-
-
-Forward = Callable[[nn.Module, Any], Any]
 
 
 def calibrate(
@@ -132,7 +131,7 @@ def calibrate(
     if isinstance(model, DistributedDataParallel):
         model = model.module
     layers, skipped = _choose(model)
-    work = _Work(model, layers, batches, forward or _forward, group)
+    work = _Work(model, layers, batches, forward or run, group)
     before = {name: _stored(layer) for name, layer in layers.items()}
     with _restored(model), eager(model), apart(model), torch.no_grad():
         for module in model.modules():
@@ -147,12 +146,6 @@ def calibrate(
     for name, reason in skipped.items():
         rows[name] = Calibrated(name, 0, 0, 0.0, 1.0, reason, None, None)
     return Table(rows[name] for name in any_kind(model))
-
-
-def _forward(model: nn.Module, batch: Any) -> Any:
-    if isinstance(batch, tuple | list) and batch:
-        batch = batch[0]
-    return model(**batch) if isinstance(batch, Mapping) else model(batch)
 
 
 def _choose(model: nn.Module) -> tuple[dict[str, _BatchNorm | RunningMoments], dict[str, str]]:
