@@ -108,7 +108,13 @@ class Held:
             for key, value in kind.items()
             if value is not None
         ]
-        self._random = _random_states(self.modules)
+        self._generators = [
+            value
+            for module in self.modules
+            for value in module.__dict__.values()
+            if isinstance(value, torch.Generator)
+        ]
+        self._random = _random_states(self._generators)
 
     def parameters(self) -> dict[str, Tensor]:
         """The trainable ones by name, detached."""
@@ -126,7 +132,7 @@ class Held:
             stack.enter_context(torch.inference_mode(False))
             if "torch._dynamo" in sys.modules:  # only then can anything have been compiled
                 stack.enter_context(torch.compiler.set_stance("force_eager"))
-            undo = [*_attributes(self.modules), *_random_states(self.modules)]
+            undo = [*_attributes(self.modules), *_random_states(self._generators)]
             try:
                 self._enter(parameters or {}, training)
                 yield
@@ -179,23 +185,19 @@ def _attributes(modules: Iterable[nn.Module]) -> list[Undo]:
     for module in modules:
         held = dict(module.__dict__)
         for value in held.values():
-            if isinstance(value, dict | set):
+            if isinstance(value, (dict, set, list, deque)):
                 undo.append(partial(_refill, value, value.copy()))
-            elif isinstance(value, list | deque):
-                undo.append(partial(_refill, value, list(value)))
         undo.append(partial(_refill, module.__dict__, held))
     return undo
 
 
 def _refill(container: Any, content: Any) -> None:
     container.clear()
-    if isinstance(container, list | deque):
-        container.extend(content)
-    else:
-        container.update(content)
+    if content:
+        (container.update if hasattr(container, "update") else container.extend)(content)
 
 
-def _random_states(modules: Iterable[nn.Module]) -> list[Undo]:
+def _random_states(generators: Iterable[torch.Generator]) -> list[Undo]:
     """What restores the random states of Python, NumPy where it is used, and PyTorch."""
     undo: list[Undo] = [
         partial(random.setstate, random.getstate()),
@@ -208,10 +210,7 @@ def _random_states(modules: Iterable[nn.Module]) -> list[Undo]:
     started: Callable[[], bool] = torch.cuda.is_initialized
     if torch.cuda.is_available() and started():
         undo.append(partial(torch.cuda.set_rng_state_all, torch.cuda.get_rng_state_all()))
-    for module in modules:
-        for value in module.__dict__.values():
-            if isinstance(value, torch.Generator):
-                undo.append(partial(value.set_state, value.get_state()))
+    undo += [partial(generator.set_state, generator.get_state()) for generator in generators]
     return undo
 
 

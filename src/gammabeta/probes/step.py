@@ -63,6 +63,7 @@ class _Map(NamedTuple):
     key: tuple[str | None, str, bool]
     leaf: Tensor
     output: Tensor
+    transposed: tuple[Tensor, Tensor] | None = None  # v, and vᵀJ as a function of it
 
 
 class Step:
@@ -285,15 +286,22 @@ class Step:
         _match("tangent", tangent, between.leaf)
         if not between.output.requires_grad:
             return torch.zeros_like(between.output)
-        # g(v) = vᵀJ is linear in v, so that its derivative along the tangent is J·tangent
-        dummy = torch.zeros_like(between.output, requires_grad=True)
         with torch.enable_grad(), self._held.running(training=training):
-            (back,) = torch.autograd.grad(
-                between.output, between.leaf, dummy, create_graph=True, materialize_grads=True
-            )
+            # vᵀJ is linear in v, so that its derivative along the tangent is J·tangent. Forward
+            # mode was as fast at best, from the second product on, and not all layers have it.
+            if between.transposed is None:
+                v = torch.zeros_like(between.output, requires_grad=True)
+                (back,) = torch.autograd.grad(
+                    between.output, between.leaf, v, create_graph=True, materialize_grads=True
+                )
+                self._map = between._replace(transposed=(v, back))
+            else:
+                v, back = between.transposed
             if not back.requires_grad:
                 return torch.zeros_like(between.output)
-            (product,) = torch.autograd.grad(back, dummy, tangent, materialize_grads=True)
+            (product,) = torch.autograd.grad(
+                back, v, tangent, retain_graph=True, materialize_grads=True
+            )
         return product.detach()
 
     # -- how ----------------------------------------------------------------------------
