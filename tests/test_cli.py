@@ -384,7 +384,7 @@ def test_show_tells_one_claim_in_full(here, shared):
 
 
 def test_show_tells_of_a_claim_without_any_run(here, tmp_path):
-    done = here("study", "show", "act-all", "jacobian-one", cwd=tmp_path)
+    done = here("study", "show", "act-all", "noisy-bn", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert "none: run `gammabeta study run act-all`" in done.stdout
     assert "none: no experiment yet" in done.stdout
@@ -450,7 +450,7 @@ def test_list_json_has_all_claims_and_exactly_these_fields(here):
     assert {claim["kind"] for claim in found} == {"statistical", "exact"}
     experiments = {claim["id"]: claim["experiment"] for claim in found}
     assert experiments["act-all"] == "activations"
-    assert experiments["jacobian-one"] is None
+    assert experiments["noisy-bn"] is None
 
 
 def test_list_reads_well_at_80_columns(here):
@@ -523,7 +523,7 @@ def test_wrong_input_gives_exit_code_2_and_says_what_to_do(here, odd, words, say
     ("words", "says"),
     [
         ("act-al", ["'act-al'", "Did you mean 'act-all'?", "`gammabeta study list`"]),
-        ("jacobian-one", ["no experiment yet", "activations"]),
+        ("noisy-bn", ["no experiment yet", "activations"]),
         ("--out newer", ["at most 1, got 99", "gammabeta 9.9 or newer"]),
         ("--out file", ["file", "must be a folder"]),
         ("--out file/below", ["file/below", "output"]),
