@@ -99,7 +99,13 @@ def read_record(path: str | os.PathLike[str]) -> Record:
     """
     path = Path(path)
     with _to_mend():
-        return _parsed(read_bytes(path, MAX_RECORD), path)
+        return _parsed(_bytes(path), path)
+
+
+def _bytes(path: Path) -> bytes:
+    if path.is_dir():
+        raise fail(path, "the file", "a file", "a folder")
+    return read_bytes(path, MAX_RECORD)
 
 
 @contextmanager
@@ -317,7 +323,7 @@ class RecordFile:
         self.dropped = 0
         path.parent.mkdir(parents=True, exist_ok=True)
         with _to_mend():
-            contents = read_bytes(path, MAX_RECORD) if os.path.lexists(path) else b""
+            contents = _bytes(path) if os.path.lexists(path) else b""
             self._size = contents.rfind(b"\n") + 1
             # Killed while its first line was written; anything else is not ours to clear.
             if self._size or not _START.startswith(contents[: len(_START)]):
