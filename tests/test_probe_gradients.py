@@ -162,7 +162,7 @@ def test_a_fused_activation_counts_as_the_same_one_behind_the_layer(act):
     name = act if isinstance(act, str) else act[0]
     norm, fused = gb.BatchNorm1d(6).double(), gb.BatchNormAct1d(6, act=act).double()
     with torch.no_grad():
-        norm.bias.copy_(torch.tensor([-9.0, -40.0, 0.0, 6.0, 40.0, 1.0]))
+        norm.bias.copy_(torch.tensor([-9.0, -40.0, 0.0, 6.0, -40.0, 1.0]))
         fused.bias.copy_(norm.bias)
     split = nn.Sequential(norm, Function(getattr(F, name)), nn.Linear(6, 3).double())
     whole = nn.Sequential(fused, split[2])
@@ -196,6 +196,26 @@ def test_an_activation_in_place_and_one_with_other_parameters():
     # known only with its default slope, limits, …
     assert "1/dead" in measured(nn.Hardtanh())
     assert "dead" not in measured(nn.Hardtanh(-20.0, 20.0))
+
+
+@pytest.mark.parametrize(("act", "edge"), [("Sigmoid", 5.99), ("Tanh", 2.99)])
+def test_a_unit_is_saturated_from_a_hundredth_of_the_largest_slope_on(act, edge):
+    model = nn.Sequential(nn.BatchNorm1d(2, eps=1e-12), getattr(nn, act)(), nn.Linear(2, 2))
+    with torch.no_grad():
+        # x̂ is ±1: the values closest to 0 are on either side of the edge
+        model[0].bias[:] = torch.tensor([edge - 0.02, -(edge + 0.02)]) + torch.tensor([1.0, -1.0])
+    batch = torch.tensor([[0.0, 0.0], [1.0, 1.0]]).double(), torch.tensor([0, 1])
+    found = gb.measure(gb.Step(model.double(), F.cross_entropy, batch), "gradients")
+    assert found["0/saturated"].item() == 0.5
+    assert found["0/dead"].item() == 0
+
+
+def test_behind_layer_normalization_the_last_axis_holds_the_units():
+    model = nn.Sequential(nn.LayerNorm(5), nn.ReLU(), nn.Linear(5, 1), nn.Flatten()).double()
+    nn.init.constant_(model[0].bias[:2], -9.0)
+    batch = torch.randn(6, 4, 5).double(), torch.randint(4, (6,))
+    found = gb.measure(gb.Step(model, F.cross_entropy, batch), "gradients")
+    assert found["0/dead"].item() == 2 / 5
 
 
 def test_one_live_sample_keeps_a_unit_alive():

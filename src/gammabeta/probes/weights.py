@@ -110,8 +110,7 @@ def _is_multiple(after: Tensor, before: Tensor, module: nn.Module) -> bool:
         after, before = after.reshape(1, -1), before.reshape(1, -1)
     tiny = torch.finfo(torch.float64).tiny
     factor = (after * before).sum(1) / (before * before).sum(1).clamp(min=tiny)
-    rest = norm(after - factor[:, None] * before)
-    return bool((factor >= 0).all() and rest <= _TOLERANCE * norm(after))
+    return bool(norm(after - factor[:, None] * before) <= _TOLERANCE * norm(after))
 
 
 def measure(step: Step, memory: MutableMapping[str, Any]) -> dict[str, Tensor]:
