@@ -98,6 +98,19 @@ def test_kept_rows_give_the_verdicts_of_the_run(run, results):
     assert len(_runs.read_claims(results)) > 50
 
 
+def test_the_page_is_the_same_again_and_whatever_code_comes_later(results, monkeypatch):
+    """Of the registry's claims it would show the rule too; the toy's claim is not there."""
+    page = _kept.page(results, TOY, data="digits")
+    assert "| [toy-faster](#toy-faster-small) | – | demo |" in page
+    assert "The larger rate gains" in page
+    assert _kept.page(results, TOY, data="digits") == page
+    monkeypatch.setattr(Experiment, "code", "0" * 16)
+    later = {"toy": Experiment("toy", "toy_experiment")}
+    assert _kept.page(results, later, data="digits") == page
+    assert "other code" in _judge.judge([results], catalogue=later).verdicts[0].notes[0]
+    assert "toy-faster" not in _kept.page(results, TOY)  # MNIST only
+
+
 def test_accepting_again_replaces_the_same_budget_and_keeps_others(run, results, tmp_path):
     tiny = tmp_path / "tiny"
     options = {"data": "digits", "seeds": 1, "jobs": 1, "catalogue": TOY}

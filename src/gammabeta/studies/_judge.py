@@ -122,6 +122,7 @@ def judge(
     *,
     budget: str | None = None,
     data: str | None = None,
+    notes: bool = True,
     catalogue: Mapping[str, Experiment] | None = None,
 ) -> Judged:
     """Judge what is stored in run folders; nothing is written.
@@ -130,6 +131,7 @@ def judge(
         paths: run folders; a cell that lies in several counts once.
         ids: experiments; all that have cells there if None. One without cells has no verdict.
         budget, data: judge only the cells of this budget, of this data set ("mnist", "digits").
+        notes: say with each verdict which cells were left aside, and which code made the others.
         catalogue: experiments by id, in place of the package's own.
 
     Raises:
@@ -153,8 +155,8 @@ def judge(
             continue
         rows = selection.rows()
         for verdict in experiment.judge(rows):
-            notes = [*verdict.notes, *selection.notes]
-            verdicts.append(dataclasses.replace(verdict, notes=notes))
+            also = selection.notes if notes else []
+            verdicts.append(dataclasses.replace(verdict, notes=[*verdict.notes, *also]))
         figures += experiment.figures(rows)
         protocols[experiment.id] = inspect.cleandoc(experiment.protocol)
         if selection.cells[0].spec["data"]["name"] == "digits":

@@ -161,7 +161,10 @@ def page(folder: Path, catalogue: Mapping[str, Experiment] | None = None, data: 
     judged: dict[str, Judged] = {}
     for budget in ("small", "full"):
         if budget in here:
-            judged[budget] = judge([folder], budget=budget, data=data, catalogue=catalogue)
+            # Without the notes on other code: the page is of these rows, whatever came after them.
+            judged[budget] = judge(
+                [folder], budget=budget, data=data, notes=False, catalogue=catalogue
+            )
     ids = [v.claim for found in judged.values() for v in found.verdicts]
     rules = _provenance.record(folder, dict.fromkeys(ids))
     return _page.write(cells, judged, rules)
