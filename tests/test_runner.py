@@ -402,6 +402,94 @@ def test_an_estimate_counts_all_waves_and_writes_nothing(whole, tmp_path):
     assert sorted(whole.rglob("*")) == before
 
 
+BURN = """
+import time
+from gammabeta.studies._run import Cell
+CLAIMS = ()
+def cells(budget, data, seeds, rows):
+    return [Cell("{name}", {{"k": k}}, s, cost=k * {unit}) for k in range(1, 6) for s in range(2)]
+def measure(arm, seed, budget, data):
+    end = time.process_time() + {seconds} * arm["k"]
+    while time.process_time() < end:
+        pass
+    time.sleep(0.02)
+    return [{{"k_seen": arm["k"]}}]
+def judge(rows):
+    return []
+def figures(rows):
+    return []
+"""
+
+
+def test_an_estimate_is_near_the_processor_time_of_each_experiment(tmp_path, monkeypatch):
+    """Each experiment counts its costs in a unit of its own."""
+    catalogue = {}
+    monkeypatch.syspath_prepend(str(tmp_path))
+    for name, unit, seconds in (("seconds", 0.02, 0.02), ("steps", 1000, 0.005)):
+        text = BURN.format(name=name, unit=unit, seconds=seconds)
+        (tmp_path / f"burn_{name}.py").write_text(text)
+        catalogue[name] = Experiment(name, f"burn_{name}")
+    options = {"out": tmp_path / "run", "data": "digits", "jobs": 1, "catalogue": catalogue}
+    guess = _run.estimate(list(catalogue), **options)
+    assert not (tmp_path / "run").exists()
+    assert _run.run(list(catalogue), **options).done == 20
+    found = _run.status([tmp_path / "run"], catalogue=catalogue)
+    measured = {entry.experiment: entry.cpu_seconds for entry in found}
+    expected = {wave.experiment: wave.cpu_seconds for wave in guess.waves}
+    assert expected == pytest.approx(measured, rel=0.3)
+    assert sum(measured.values()) == pytest.approx(30 * (0.02 + 0.005), rel=0.3)
+
+
+def test_progress_tells_how_far_each_experiment_is(tmp_path, make):
+    both = make("pass", "range(3)", name="one")
+    both |= make("assert k != 1, 'no'", "range(2)", name="two")
+    events = []
+    run_plain(both, tmp_path / "run", progress=events.append)
+    assert events[-1].parts == {"one": (3, 0, 3), "two": (1, 1, 2)}
+    assert all(sum(p.total for p in e.parts.values()) == e.total for e in events)
+
+
+# --- what a run folder holds ----------------------------------------------------------------
+
+
+def test_status_tells_done_missing_stale_and_failed(tmp_path, make):
+    out, other = tmp_path / "run", tmp_path / "other"
+    first = make("assert k != 1, 'no'", "range(4)", module="to_count")
+    assert run_plain(first, out, deadline_seconds=None).done == 3
+
+    def counts(*paths, catalogue=first):
+        return [
+            (e.done, e.missing, e.stale, e.failed) for e in _run.status(paths, catalogue=catalogue)
+        ]
+
+    assert counts(out) == [(3, 0, 0, 1)]
+    gone = _runs.read_cells([out])[0].path
+    shutil.move(gone, other / "cells" / "plain" / gone.name)
+    assert counts(out) == [(2, 1, 0, 1)]
+    assert counts(out, other) == [(3, 0, 0, 1)]
+    changed = make("pass", "range(5)", module="to_count")
+    assert counts(out, other, catalogue=changed) == [(0, 2, 3, 0)]
+    assert run_plain(changed, out).done == 0
+    assert run_plain(changed, out, refresh=True).done == 5
+    assert counts(out, other, catalogue=changed) == [(5, 0, 0, 0)]
+    (entry,) = _run.status([out], ["plain"], catalogue=changed)
+    assert (entry.experiment, entry.budget, entry.data) == ("plain", "small", "digits")
+    with pytest.raises(ValueError, match=r"got 'plan'\. Did you mean plain"):
+        _run.status([out], ["plan"], catalogue=changed)
+
+
+def test_one_experiment_of_other_code_does_not_hold_the_others(tmp_path, make):
+    out = tmp_path / "run"
+    old = make("pass", name="old", module="grown_old") | make("pass", name="new")
+    run_plain({"old": old["old"]}, out)
+    both = make("k += 0", name="old", module="grown_old") | {"new": old["new"]}
+    result = run_plain(both, out)
+    assert (result.done, result.held) == (3, {"old": 3})
+    assert _run.estimate(list(both), out=out, data="digits", jobs=1, catalogue=both).stale == 3
+    result = run_plain(both, out, force=True)
+    assert (result.done, result.held) == (6, {})
+
+
 # --- before any work ------------------------------------------------------------------------
 
 
