@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from gammabeta import _runs
+from gammabeta import _runs, cli
 from gammabeta.studies import _cluster, _run
 from gammabeta.studies._run import Experiment
 
@@ -23,6 +23,7 @@ pytest.importorskip("distributed", reason="the extra `cluster` is not installed"
 pytestmark = pytest.mark.filterwarnings("ignore::ResourceWarning")
 
 HERE = Path(__file__).parent
+TINY = ("--budget", "tiny", "--data", "digits")
 TOY = {"toy": Experiment("toy", "toy_experiment")}
 
 
@@ -229,6 +230,27 @@ def test_a_cluster_without_workers_left_is_given_up(tmp_path, make, monkeypatch)
     finally:
         dask.end()
     assert len(rows(out)) >= 2
+
+
+def command(capsys, *words):
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as ended:
+        cli.main(["study", "run", "act-all", *TINY, *map(str, words)])
+    shown = capsys.readouterr()
+    return ended.value.code, shown.out, shown.err
+
+
+def test_the_command_runs_on_a_cluster_and_says_where_it_cannot(dask, tmp_path, capsys):
+    code, shown, said = command(capsys, "--dask", dask.address, "--out", tmp_path / "run")
+    assert code == 0, said
+    assert "100 cells done" in said
+    assert "act-all" in shown
+    code, shown, said = command(capsys, "--dask", "localhost", "--out", tmp_path / "other")
+    assert (code, shown) == (2, "")
+    assert said == (
+        "The address of a Dask scheduler must read tcp://HOST:PORT, got 'localhost'. "
+        "`dask scheduler` prints its own when it starts.\n"
+    )
 
 
 @pytest.mark.parametrize(
