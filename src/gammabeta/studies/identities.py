@@ -30,7 +30,6 @@ another draw. Budgets differ in their number only: `tiny` one, `small` three, `f
 """
 
 import re
-import statistics
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -42,6 +41,7 @@ from gammabeta.studies._data import Images
 from gammabeta.studies._experiments import Cell
 from gammabeta.studies._identities import CHECKS
 from gammabeta.studies._identities._compare import RIGHT, TRAP, WORDED
+from gammabeta.studies._points import Axes, drawings
 from gammabeta.studies._train import stream
 from gammabeta.studies._verdict import Verdict
 
@@ -344,79 +344,45 @@ def _real(value: Scalar) -> float:
 # -- figures ------------------------------------------------------------------------------------
 
 _FIGURES = {
-    "output-std": (
+    "output-std": Axes(
         "Standard deviation of the output at gamma = 1",
-        "It is sigma / sqrt(sigma^2 + eps), not gamma: at a variance of eps it is 0.707.",
-        ("variance / eps", True),
-        ("standard deviation", False),
+        "variance / eps",
+        "standard deviation",
+        x_log=True,
+        caption="It is sigma / sqrt(sigma^2 + eps): at a variance of eps it is 0.707.",
     ),
-    "samuelson": (
+    "samuelson": Axes(
         "Largest normalized value of heavy-tailed data, and its bound",
-        "In training no value exceeds sqrt(m - 1), whatever the data; at inference any can.",
-        ("batch size m", True),
-        ("largest |xhat|", True),
+        "batch size m",
+        "largest |xhat|",
+        x_log=True,
+        y_log=True,
+        caption="In training no value exceeds sqrt(m - 1), whatever the data.",
     ),
-    "scale": (
+    "scale": Axes(
         "How far the output moves when the weights before BN are scaled",
-        "Not at all at eps = 0; by all of it once a^2 times the variance comes near eps.",
-        ("scale a of the weights", True),
-        ("largest change of xhat", True),
+        "scale a of the weights",
+        "largest change of xhat",
+        x_log=True,
+        y_log=True,
+        caption="Not at all at eps = 0; by all of it once a^2 times the variance comes near eps.",
     ),
-    "detach": (
+    "detach": Axes(
         "Way of the bias before BN under gradient descent",
-        "With detached statistics it moves for ever while the loss stays; with the full gradient "
-        "it stays.",
-        ("step", False),
-        ("mean distance from its start", False),
+        "step",
+        "mean distance from its start",
+        caption="With detached statistics it moves for ever while the loss stays.",
     ),
-    "chain": (
+    "chain": Axes(
         "Shares of the orders in the change of y = x w1 w2 w3 w4",
-        "A gradient sees the first order alone; the others are interactions between layers.",
-        ("length of the step relative to the weights", True),
-        ("share of the change", False),
+        "length of the step relative to the weights",
+        "share of the change",
+        x_log=True,
+        caption="A gradient sees the first order alone; the others are between layers.",
     ),
-}  # fmt: skip
+}
 
 
 def figures(rows: list[Row]) -> list[dict[str, Any]]:
-    """What moves with something: mean over seeds and their range."""
-    points: dict[tuple[str, str], dict[float, list[float]]] = defaultdict(lambda: defaultdict(list))
-    for row in rows:
-        if row.get("kind") == "curve":
-            key = str(row["curve"]), str(row["series"])
-            # rounded: the place of a point may differ by a rounding between seeds
-            points[key][float(f"{_real(row['x']):.3g}")].append(_real(row["y"]))
-    found = []
-    for name, (title, caption, x, y) in _FIGURES.items():
-        series: list[dict[str, Any]] = []
-        for (curve, label), by_x in points.items():
-            if curve != name:
-                continue
-            places = sorted(by_x)
-            series.append(
-                {
-                    "name": label,
-                    "style": label.lower().replace(" ", "-"),
-                    "x": places,
-                    "y": [statistics.fmean(by_x[p]) for p in places],
-                    "lo": [min(by_x[p]) for p in places],
-                    "hi": [max(by_x[p]) for p in places],
-                    "n": min(len(by_x[p]) for p in places),
-                }
-            )
-        if series:
-            ends = ", ".join(f"{s['name']} {s['y'][-1]:.3g}" for s in series)
-            found.append(
-                {
-                    "id": f"identities-{name}",
-                    "experiment": "identities",
-                    "kind": "curves",
-                    "title": title,
-                    "caption": f"{caption} Mean over draws; the band is their range.",
-                    "alt": f"{title}. At the right end: {ends}.",
-                    "x": {"label": x[0], "log": x[1]},
-                    "y": {"label": y[0], "log": y[1]},
-                    "panels": [{"title": "", "series": series}],
-                }
-            )
-    return found
+    """What moves with something: an eps, a batch size, a step."""
+    return drawings("identities", _FIGURES, rows)
