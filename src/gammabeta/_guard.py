@@ -120,6 +120,10 @@ class Held:
         """The trainable ones by name, detached."""
         return {n: self._values[key] for n, key in self.names.items() if key in self._trainable}
 
+    def value(self, name: str) -> Tensor:
+        """The parameter of that name, detached."""
+        return self._values[self.names[name]]
+
     @contextmanager
     def running(
         self, parameters: Mapping[str, Tensor] | None = None, training: bool = True

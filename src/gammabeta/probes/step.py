@@ -63,6 +63,7 @@ class _Map(NamedTuple):
     key: tuple[str | None, str, bool]
     leaf: Tensor
     output: Tensor
+    mount: Callable[[], None]  # hooks that a checkpoint needs when it recomputes
     transposed: tuple[Tensor, Tensor] | None = None  # v, and vᵀJ as a function of it
 
 
@@ -269,6 +270,7 @@ class Step:
         if not between.output.requires_grad:
             return torch.zeros_like(between.leaf)
         with self._held.running(training=training):
+            between.mount()
             (product,) = torch.autograd.grad(
                 between.output, between.leaf, cotangent, retain_graph=True, materialize_grads=True
             )
@@ -287,6 +289,7 @@ class Step:
         if not between.output.requires_grad:
             return torch.zeros_like(between.output)
         with torch.enable_grad(), self._held.running(training=training):
+            between.mount()
             # vᵀJ is linear in v, so that its derivative along the tangent is J·tangent. Forward
             # mode was as fast at best, from the second product on, and not all layers have it.
             if between.transposed is None:
@@ -383,10 +386,10 @@ class Step:
                     f"gammabeta.Step: the model must have each parameter given, got {name!r}. "
                     "Names are those of model.named_parameters()."
                 )
-            own = self.model.get_parameter(name)
-            if value.shape != own.shape:
+            shape = self._held.value(name).shape
+            if value.shape != shape:
                 raise ValueError(
-                    f"gammabeta.Step: {name!r} has shape {tuple(own.shape)}, got "
+                    f"gammabeta.Step: {name!r} has shape {tuple(shape)}, got "
                     f"{tuple(value.shape)}. Give a tensor of its shape."
                 )
         return given
@@ -437,7 +440,9 @@ class Step:
             return args, {**kwargs, name: leaf_of(kwargs.get(name), "the model's input")}
 
         def after(_: nn.Module, args: Any, output: Any) -> Any:
-            return None if _torch.in_backward() else leaf_of(output, f"the output of {wrt!r}")
+            # a checkpoint recomputes what was computed: from the leaf
+            again = _torch.in_backward()
+            return leaves[0].clone() if again else leaf_of(output, f"the output of {wrt!r}")
 
         def last(_: nn.Module, args: Any, output: Any) -> Any:
             if _torch.in_backward():
@@ -445,11 +450,14 @@ class Step:
             outputs.append(output)
             return output.clone() if isinstance(output, Tensor) else None
 
-        with torch.enable_grad(), self._held.running(training=training):
+        def mount() -> None:
             if wrt is None:
                 start.register_forward_pre_hook(before, with_kwargs=True)
             else:
                 start.register_forward_hook(after)
+
+        with torch.enable_grad(), self._held.running(training=training):
+            mount()
             end.register_forward_hook(last)
             self._call()
         for name, calls in ((wrt or "", leaves), (of, outputs)):
@@ -463,7 +471,7 @@ class Step:
                 f"gammabeta.Step: the output of {of or 'the model'!r} must be a tensor, got "
                 f"{type(outputs[0]).__name__}. Name a module whose output is one: of=."
             )
-        self._map = _Map(key, leaves[0], outputs[0])
+        self._map = _Map(key, leaves[0], outputs[0], mount)
         return self._map
 
 
@@ -492,11 +500,13 @@ class _Seen:
                 self._inputs.setdefault(name, first if kept else first.clone())
 
         def after(_: nn.Module, args: Any, output: Any) -> Any:
-            if name in self._outputs or not isinstance(output, Tensor) or _torch.in_backward():
+            again = _torch.in_backward()  # a checkpoint recomputes what was computed
+            if not isinstance(output, Tensor) or (name in self._outputs and not again):
                 return None
             if self._differentiable and not output.requires_grad and output.is_floating_point():
                 output = output.detach().requires_grad_()
-            self._outputs[name] = output
+            if not again:
+                self._outputs[name] = output
             return output.clone()  # an activation that follows may write to it in place
 
         module.register_forward_pre_hook(before, with_kwargs=True)
@@ -539,7 +549,12 @@ def _virtual_step(
         return loss.item()
 
     with torch.enable_grad(), step._held.running():
-        twin = copy.deepcopy(optimizer, {id(real[name]): twins[name] for name in real})
+        memo: dict[int, Any] = {id(real[name]): twins[name] for name in real}
+        twin = copy.deepcopy(optimizer, memo)  # without the hooks, which are not to fire
+        for key, value in vars(optimizer).items():
+            # and without what else subclasses have; a scheduler's `step` is bound to the original
+            if key not in vars(twin) and not callable(value):
+                setattr(twin, key, copy.deepcopy(value, memo))
         give(step.gradients)
         asks = inspect.signature(type(twin).step).parameters.get("closure")
         if asks is not None and asks.default is inspect.Parameter.empty:
