@@ -127,7 +127,7 @@ def test_the_mean_field_growth_tends_to_pi_over_pi_minus_one():
     assert mean_field_growth(10**7) == pytest.approx(math.pi / (math.pi - 1), rel=1e-6)
 
 
-@pytest.mark.parametrize(("batch", "seeds"), [(8, 16), (16, 12), (64, 8), (256, 8)])
+@pytest.mark.parametrize(("batch", "seeds"), [(8, 12), (16, 8), (64, 8), (256, 8)])
 def test_gradients_of_deep_relu_networks_grow_by_the_mean_field_value(batch, seeds):
     """Width 1,000, 16 layers, a random Gaussian gradient from above; for ∂L/∂W and ∂L/∂y.
 
