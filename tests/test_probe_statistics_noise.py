@@ -215,6 +215,14 @@ def test_a_constant_channel_has_no_signal_and_enters_no_mean():
     assert set(one_layer(torch.ones(8, 2), gb.BatchNorm1d(2))) == {"0/sizes", "0/snr"}
 
 
+def test_a_channel_with_a_nan_is_seen():
+    x = torch.randn(8, 3)
+    x[2, 1] = math.nan
+    found = one_layer(x, nn.BatchNorm1d(3))
+    assert found["0/snr"].isnan().tolist() == [False, True, False]
+    assert found["0/mean"].isnan().all()
+
+
 def test_layers_that_take_no_statistics_of_a_batch_have_no_noise():
     x = torch.randn(8, 4, 3, 3)
     frozen = gb.BatchNorm2d(4)

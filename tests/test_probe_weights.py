@@ -2,6 +2,7 @@
 
 import functools
 import itertools
+import math
 
 import numpy as np
 import pytest
@@ -185,3 +186,27 @@ def test_a_frozen_weight_is_left_out_and_starts_when_it_is_thawed():
     found = gb.measure(gb.Step(model, F.cross_entropy, batch), "weights", memory)
     assert "0/growth" not in found
     assert found["2/growth"].item() == 1.0
+
+
+def test_tied_weights_are_measured_as_those_of_each_layer():
+    model = nn.Sequential(nn.Linear(4, 4), nn.Tanh(), nn.Linear(4, 4))
+    model[2].weight = model[0].weight
+    batch, memory = (torch.randn(8, 4), torch.randint(3, (8,))), {}
+    first = gb.measure(gb.Step(model, F.cross_entropy, batch), "weights", memory)
+    assert set(first) == {"0/mean_abs", "0/norm", "2/mean_abs", "2/norm"}
+    with torch.no_grad():
+        model[0].weight *= 3
+    second = gb.measure(gb.Step(model, F.cross_entropy, batch), "weights", memory)
+    for layer in "02":
+        assert second[f"{layer}/growth"].item() == pytest.approx(3)
+        assert second[f"{layer}/path"].item() == pytest.approx(2 * first["0/norm"].item())
+
+
+def test_a_batch_with_a_nan_does_not_settle_what_is_scale_invariant():
+    model = nn.Sequential(nn.Linear(4, 6), nn.BatchNorm1d(6), nn.Linear(6, 3))
+    optimizer, memory = torch.optim.SGD(model.parameters(), lr=0.1), {}
+    x, y = torch.randn(8, 4), torch.randint(3, (8,))
+    for batch, keys in ((x * math.nan, []), (x, ["0/effective_lr"])):
+        step = gb.Step(model, F.cross_entropy, (batch, y), optimizer=optimizer)
+        found = gb.measure(step, "weights", memory)
+        assert [key for key in found if "effective" in key] == keys

@@ -88,7 +88,7 @@ class Samples(NamedTuple):
         squared = x * x
         var = squared.mean((0, 2))
         fourth = (squared * squared).mean((0, 2))
-        kurtosis = torch.where(var > 0, fourth / torch.where(var > 0, var * var, 1.0), 0.0)
+        kurtosis = torch.where(var == 0, 0.0, fourth / torch.where(var == 0, 1.0, var * var))
         return cls(x.mean(2), squared.mean(2), var, kurtosis)
 
 
@@ -225,7 +225,7 @@ def _of_site(
 ) -> dict[str, Tensor]:
     """The quantities of one site; those that need a channel that varies are absent without one."""
     var = samples.var
-    live = var > 0
+    live = var != 0  # a NaN is to be seen
     signal = var / torch.where(live, var + eps, 1.0)
     a, s = (part.var(0) for part in drawn(samples, len(samples.u), eps, draws, seed))
     result = {

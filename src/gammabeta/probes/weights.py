@@ -125,21 +125,21 @@ def measure(step: Step, memory: MutableMapping[str, Any]) -> dict[str, Tensor]:
     latest: dict[str, Tensor] = memory.setdefault("latest", {})
     path: dict[str, Tensor] = memory.setdefault("path", {})
     rates = _rates(step)
-    if rates and "invariant" not in memory:
-        memory["invariant"] = scale_invariant(step)
+    if rates and "invariant" not in memory and torch.isfinite(step.loss):
+        memory["invariant"] = sorted(scale_invariant(step))
     for layer, name in matrices(step).items():
         weight = step.parameters[name]
         size = norm(weight)
         result[f"{layer}/mean_abs"] = weight.abs().mean(dtype=torch.float64)
         result[f"{layer}/norm"] = size
-        if name in start:
-            path[name] = path[name] + norm(weight - latest[name])
-            result[f"{layer}/growth"] = size / start[name]
-            result[f"{layer}/path"] = path[name]
+        if layer in start:
+            path[layer] = path[layer] + norm(weight - latest[layer])
+            result[f"{layer}/growth"] = size / start[layer]
+            result[f"{layer}/path"] = path[layer]
         else:
-            start[name], path[name] = size, torch.zeros_like(size)
-        latest[name] = weight.clone()
-        if name in rates and layer in memory["invariant"]:
+            start[layer], path[layer] = size, torch.zeros_like(size)
+        latest[layer] = weight.clone()
+        if name in rates and layer in memory.get("invariant", ()):
             result[f"{layer}/effective_lr"] = rates[name] / size**2
     return {key: value.cpu() for key, value in result.items()}
 
