@@ -195,6 +195,61 @@ def test_parametrized_and_hooked_weights_belong_to_their_layer():
     assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
 
 
+def test_a_layer_around_layers_is_the_code_around_them():
+    class Adapted(nn.Linear):
+        """A linear layer that adds two small ones to what it computes."""
+
+        def __init__(self):
+            super().__init__(4, 6)
+            self.down, self.up = nn.Linear(4, 2), nn.Linear(2, 6)
+
+        def forward(self, x):
+            return super().forward(x) + self.up(self.down(x))
+
+    model = around(lambda m, h: h.relu())
+    model.fc1 = Adapted()
+    assert seen(model, X)["bn"] == ("fc1.up", "relu", ("fc2",), 1)
+    assert gb.Step(model, F.mse_loss, (X, torch.zeros(16, 2))).weights == {
+        "fc1": ("fc1.weight", "fc1.bias"),
+        "fc1.down": ("fc1.down.weight", "fc1.down.bias"),
+        "fc1.up": ("fc1.up.weight", "fc1.up.bias"),
+        "fc2": ("fc2.weight", "fc2.bias"),
+    }
+
+
+def test_an_exception_that_the_model_catches_does_not_end_the_search():
+    class Refused(Exception):
+        pass
+
+    def refuses(module, args):
+        raise Refused
+
+    def tries(m, h):
+        try:
+            return m.second(h)
+        except Refused:
+            return h.relu()
+
+    model = around(tries)
+    model.second = gb.BatchNorm1d(6)
+    model.second.register_forward_pre_hook(refuses)
+    assert seen(model, X) == {"bn": ("fc1", "relu", ("fc2",), 1)}
+    model.second = Wrapped(lambda m, h: refuses(m, h))
+    assert seen(model, X) == {"bn": ("fc1", "relu", ("fc2",), 1)}
+
+
+def test_a_layer_computes_as_in_training_without_a_mode_around_it():
+    modes = []
+
+    class Asks(nn.BatchNorm1d):
+        def forward(self, x):
+            modes.append(torch.overrides._get_current_function_mode())
+            return super().forward(x)
+
+    assert seen(around(lambda m, h: h.relu(), Asks(6)), X)["bn"] == ("fc1", "relu", ("fc2",), 1)
+    assert modes == [None]
+
+
 def test_a_custom_function_in_a_module_is_passed():
     class Swish(torch.autograd.Function):
         @staticmethod

@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
+from torch.nn.utils import parametrize
 from torch.overrides import TorchFunctionMode
 from torch.utils.weak import WeakIdKeyDictionary
 
@@ -86,11 +87,19 @@ def is_normalization(module: nn.Module) -> bool:
 
 
 def is_weight_layer(module: nn.Module) -> bool:
-    """Whether it multiplies by a matrix or kernel of its own, called ``weight``."""
-    weight = getattr(module, "weight", None)
-    if is_normalization(module) or not isinstance(weight, Tensor) or weight.dim() < 2:
-        return False
-    return not any(map(is_normalization, module.modules()))
+    """Whether it multiplies by a matrix or kernel of its own, called ``weight``, and does no more.
+
+    One that has layers inside is the code around them.
+    """
+    inside = (m for m in module.modules() if m is not module)
+    return _has_weight(module) and not any(is_normalization(m) or _has_weight(m) for m in inside)
+
+
+def _has_weight(module: nn.Module) -> bool:
+    own = "weight" in module._parameters or parametrize.is_parametrized(module, "weight")
+    # the older hooks for spectral and weight normalization put a tensor in the parameter's place
+    weight = getattr(module, "weight", None) if own else module.__dict__.get("weight")
+    return isinstance(weight, Tensor) and weight.dim() > 1 and not is_normalization(module)
 
 
 class _Node:
@@ -122,7 +131,7 @@ class Trace(TorchFunctionMode):
         self._keep = keep
         self._nodes: Any = WeakIdKeyDictionary()
         self._inside = 0
-        self._frames: list[list[_Node]] = []
+        self._frames: list[tuple[str, list[_Node]]] = []
         self._made = 0
         self._modules: dict[str, nn.Module] = {}
         self._first: dict[str, _Node] = {}
@@ -138,24 +147,38 @@ class Trace(TorchFunctionMode):
                 self._watch(name, kind, module)
             elif not module._modules:
                 self._watch(name, "other", module)
-            if kind == "weight" and name in self._modules:
-                self._owner.update((id(p), name) for p in module._parameters.values())
+            if _has_weight(module):
+                self._owner[id(module._parameters.get("weight"))] = name
 
     def _watch(self, name: str, kind: str, module: nn.Module) -> None:
-        def before(_: nn.Module, args: Any, kwargs: Any) -> None:
-            if not _torch.in_backward():
-                self._frames.append(self._inputs(args, kwargs))
-                self._inside += kind != "other"
+        layer = kind != "other"
+        # torch leaves both without types
+        enter: Callable[[], object] = self.__enter__
+        leave: Callable[..., object] = self.__exit__
 
-        def after(_: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
+        def before(_: nn.Module, args: Any, kwargs: Any) -> None:
             if _torch.in_backward():
                 return
-            inputs = self._frames.pop()
-            self._inside -= kind != "other"
+            self._frames.append((name, self._inputs(args, kwargs)))
+            if layer:
+                if not self._inside:
+                    # a layer may compute otherwise under a mode than in training
+                    leave(None, None, None)
+                self._inside += 1
+
+        def after(_: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
+            # after an exception, also one that came before the hook above
+            if _torch.in_backward() or not self._frames or self._frames[-1][0] != name:
+                return
+            inputs = self._frames.pop()[1]
+            if layer:
+                self._inside -= 1
+                if not self._inside:
+                    enter()
             if self._inside:
                 return
             results = list(_tensors(output))
-            if kind != "other":
+            if layer:
                 self._layer(kind, name, inputs, results)
             elif inputs and any(t not in self._nodes for t in results):
                 self._made_by("opaque", type(module).__name__, inputs, results)
@@ -174,7 +197,7 @@ class Trace(TorchFunctionMode):
             if name.startswith("__i") or name.endswith("_") or kwargs.get("inplace"):
                 written.result = first.clone()
         result = func(*args, **kwargs)
-        if self._inside or _torch.in_backward():
+        if _torch.in_backward():
             return result
         results = list(_tensors(result))
         if not results:

@@ -164,7 +164,12 @@ class Step:
 
         Of the trainable ones: a frozen layer has none.
         """
-        return {name: self._owned(name) for name in self._measured.order}
+        order = self._measured.order
+        inside = {name: tuple(o + "." for o in order if o.startswith(f"{name}.")) for name in order}
+        return {
+            name: tuple(n for n in self._owned(name) if not n.startswith(inside[name]))
+            for name in order
+        }
 
     def run(
         self,
