@@ -5,7 +5,7 @@ machine is measured: on the cells that the run folder has, else on a few that ar
 """
 
 import io
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -16,8 +16,8 @@ from gammabeta.studies._cell import Task, measure
 from gammabeta.studies._experiments import Experiment
 from gammabeta.studies._plan import Wanted, plan, stored
 
-_ENOUGH = 1.0  # seconds of processor time measured of an experiment
-_MOST = 6  # cells
+_ENOUGH = 1.5  # seconds of processor time measured of an experiment
+_SPREAD = (0.0, 0.5, 0.25, 0.75, 0.125, 0.625)  # of the way from the cheapest to the costliest
 
 
 class Wave(NamedTuple):
@@ -102,30 +102,23 @@ def estimate(
 def _timed(
     experiment: Experiment, missing: Sequence[Wanted], out: Path, data_dir: Path | None
 ) -> list[tuple[float, float]]:
-    """Cost and processor time of a few cells: the cheapest, and some spread over the others."""
+    """Cost and processor time of a few cells, spread over the costs that there are."""
     where = None if data_dir is None else str(data_dir)
     ordered = sorted(missing, key=lambda w: w.cell.cost)
-    timed: list[tuple[float, float]] = []
-    for place in range(min(_MOST, len(ordered))):
-        # 0, then 1/2, 1/4, 3/4 ... of the way to the costliest.
-        share = (0.0, 0.5, 0.25, 0.75, 0.125, 0.625)[place]
-        wanted = ordered[int(share * len(ordered))]
-        spent = sum(cpu for _, cpu in timed)
-        if timed and spent + spent / sum(c for c, _ in timed) * wanted.cell.cost > 3 * _ENOUGH:
-            continue  # too dear a cell for what it tells
+
+    def timed(wanted: Wanted) -> float:
         task = Task(wanted.spec, experiment, str(out), where)
-        _, _, cpu = measure(task, io.StringIO())
-        if not timed and cpu < _ENOUGH:
-            _, _, cpu = measure(task, io.StringIO())  # the first one pays for what starts slowly
-        timed.append((wanted.cell.cost, max(cpu, 1e-6)))
-        if spent + cpu > _ENOUGH:
+        return max(measure(task, io.StringIO())[2], 1e-6)
+
+    found: list[tuple[float, float]] = []
+    for share in _SPREAD:
+        wanted = ordered[int(share * len(ordered))]
+        spent, cost = sum(cpu for _, cpu in found), sum(cost for cost, _ in found)
+        if found and (spent > _ENOUGH or spent / cost * wanted.cell.cost > 2 * _ENOUGH):
             break
-    return timed
-
-
-def by_experiment(waves: Sequence[Wave]) -> Mapping[str, float]:
-    """Processor time of each experiment."""
-    found: dict[str, float] = {}
-    for wave in waves:
-        found[wave.experiment] = found.get(wave.experiment, 0.0) + wave.cpu_seconds
+        cpu = timed(wanted)
+        if cpu < 2 * _ENOUGH:
+            # Whatever it does for the first time in a process, it is slow; a run does it once.
+            cpu = min(cpu, timed(wanted))
+        found.append((wanted.cell.cost, cpu))
     return found
