@@ -38,6 +38,7 @@ _NAMES = {
     "backends": "ops",
     "batch_norm": "ops",
     "calibrate": "models.calibration",
+    "check": "_check",
     "convert": "models.conversion",
     "freeze": "models.freezing",
     "functional_call": "models.updates",
@@ -57,6 +58,7 @@ _NAMES = {
 __all__ = ["__version__", *_NAMES]
 
 if TYPE_CHECKING:
+    from gammabeta._check import check as check
     from gammabeta._runs._record import read_record as read_record
     from gammabeta._sites import sites as sites
     from gammabeta.layers._running import StatisticsWarning as StatisticsWarning

@@ -1,0 +1,228 @@
+"""Rules about what running statistics hold: BN004, BN005, BN007."""
+
+from __future__ import annotations
+
+import math
+
+from gammabeta._check._evidence import Evidence
+from gammabeta._check._finding import Found, Untried, path, percent, worst
+from gammabeta.probes._modes import pair
+from gammabeta.probes.train_eval import CAUSES, LayerGap
+
+_GAP = 0.05
+_SAID = {
+    "lag": "the running average lags behind the weights",
+    "stale": "the running statistics do not belong to these weights and data",
+    "domain": "the data are of another domain",
+    "bessel": "m/(m - 1), compounded",
+    "dropout": "dropout before the layer in training",
+}
+
+
+def not_usable(evidence: Evidence) -> Found | None:
+    """Running statistics are NaN or infinite, or no batch ever entered them.
+
+    **Why.** One batch with a NaN stays in PyTorch's buffers for ever, and every output in eval mode
+    is NaN. Statistics that are still 0 and 1 (weights loaded without buffers, a layer that
+    training left in eval mode) make eval mode another network than the one that was trained.
+
+    **Fires** where a running mean or variance is not finite or a variance negative, and where they
+    are exactly 0 and 1 without a batch counted, if the model is in eval mode, other layers have
+    counted batches, or the optimizer has taken steps. Values: channels that are not finite or, of
+    untouched layers, how far the mean of the batch is from 0 in standard deviations (without
+    batch, 0).
+
+    **Cure.** `gb.calibrate(model, batches)`. The layers of this package keep batches out that are
+    not finite; `gb.skipped` counts them.
+
+    ```python
+    model = nn.Sequential(nn.Linear(8, 16, bias=False), nn.BatchNorm1d(16))
+    model(x * float("nan"))
+    print(gb.check(model, x, select="BN004"))
+    gb.calibrate(model, [x])
+    assert not gb.check(model, x, select="BN004")
+    ```
+    """
+    bad: dict[str, float] = {}
+    for name, layer in evidence.layers.items():
+        held = [layer._buffers.get(key) for key in ("running_mean", "running_var")]
+        wrong = [~t.isfinite() for t in held if t is not None]
+        if held[1] is not None and held[1].dim() == 1:
+            wrong.append(held[1] < 0)
+        channels = max((int(w.reshape(len(w), -1).any(1).sum()) for w in wrong), default=0)
+        if channels:
+            bad[name] = float(channels)
+    if bad:
+        place, most = worst(bad)
+        total = evidence.layers["" if place == "(model)" else place].num_features
+        effect = f"{int(most)} of {total} channels of {place} are not finite: eval mode gives NaN"
+        return Found(bad, effect, "gb.calibrate(model, batches)")
+    untouched = _untouched(evidence)
+    if not untouched:
+        return None
+    values = dict.fromkeys(untouched, 0.0)
+    effect = "they are 0 and 1 as built"
+    try:
+        moments = evidence.variances
+    except Untried:
+        moments = {}
+    for name in untouched:
+        if name in moments:
+            mean, var, _ = moments[name]
+            values[name] = float((mean.abs() / (var + 1e-12).sqrt()).max())
+    if any(values.values()):
+        place, shift = worst(values)
+        spread = math.sqrt(float(moments["" if place == "(model)" else place][1].mean()))
+        effect += (
+            f", where the batch has means up to {shift:.2g} standard deviations away and a "
+            f"standard deviation of {spread:.2g} ({place})"
+        )
+    return Found(values, effect, "gb.calibrate(model, batches)")
+
+
+def _untouched(evidence: Evidence) -> list[str]:
+    fresh = [
+        name
+        for name, layer in evidence.layers.items()
+        if name in evidence.initial and not evidence.counted(name) and layer.momentum != 0
+    ]
+    used = any(evidence.counted(name) for name in evidence.layers)
+    stepped = evidence.optimizer is not None and bool(evidence.optimizer.state)
+    if evidence.given.training and not used and not stepped:
+        return []
+    if evidence._batch is not None:  # what no forward pass reaches does no harm
+        fresh = [name for name in fresh if name in evidence.seen.calls]
+    return fresh
+
+
+def differs(evidence: Evidence) -> Found | None:
+    """Eval mode differs from training mode by more than 5 %.
+
+    **Why.** The network that is used is not the one that was trained: it is good in training and
+    bad in validation, or the loss jumps when the mode is switched.
+
+    **Fires** where the systematic difference in a layer's output, or in the model's, is above 5 %
+    of its standard deviation, and twice above what chance makes of it. Measured by `gb.gap`, which
+    names the cause, between eight parts of the batch (fewer, where these had less than 16 values
+    per channel) or, more exactly, between several `batches=`: of n of them, chance is the noise of
+    one divided by √n. Not before the first batch of training, nor where BN004 says it all. Values:
+    the systematic difference.
+
+    **Cure.** That of the cause; mostly `gb.calibrate(model, batches)`.
+
+    ```python
+    model = nn.Sequential(nn.Linear(8, 16, bias=False), gb.BatchNorm1d(16))
+    gb.calibrate(model, [x])
+    with torch.no_grad():
+        model[0].weight *= 1.5  # averaging, pruning, loading: other weights, the same statistics
+    print(gb.check(model, x, select="BN005"))
+    gb.calibrate(model, [x])
+    assert not gb.check(model, x, select="BN005")
+    ```
+
+    Source: Wu & Johnson 2021, arXiv:2105.07576, section 3.
+    """
+    _ = evidence.batch
+    if not any(pair(layer) for layer in evidence.updating.values()):
+        raise Untried("no layer is both normalized by the batch and updated in training")
+    counts = [evidence.counted(name) for name in evidence.updating]
+    if evidence.given.training and evidence.initial >= set(evidence.updating) and not any(counts):
+        raise Untried("no batch of training has entered the running statistics yet")
+    finite = all(
+        t.isfinite().all() for layer in evidence.layers.values() for t in pair(layer) or ()
+    )
+    if not finite or _untouched(evidence):
+        raise Untried("BN004 says already that statistics cannot be used")
+    rows: list[LayerGap] = [*evidence.gaps]
+    if evidence.gaps.output is not None:
+        rows.append(evidence.gaps.output)
+    found = [row for row in rows if _matters(row, len(evidence.compared))]
+    if not found:
+        return None
+    most = max(found, key=lambda row: row.systematic)
+    parts = {key: part for key, part in most.parts.items() if key != "noise"}
+    cause = max(parts, key=lambda key: parts[key])
+    share = parts[cause] / sum(parts.values()) if math.isfinite(most.gap) else 1.0
+    effect = (
+        f"eval mode differs from training by {percent(most.systematic)} of the standard deviation "
+        f"of {most.name or 'the model'}; cause: {_SAID[cause]} ({cause}, {min(share, 1):.0%} of it)"
+    )
+    layers = {row.name: row.systematic for row in found}
+    return Found(layers, effect, CAUSES[cause][1])
+
+
+def _matters(row: LayerGap, batches: int) -> bool:
+    """Chance in the squared difference is about noise²/batches, and few tell the noise badly."""
+    noise = row.parts["noise"] * row.gap if math.isfinite(row.gap) else 0.0
+    chance = noise / batches * (1 + 4 / (batches - 1))
+    return row.systematic > _GAP and row.systematic**2 > 4 * chance
+
+
+def momentum(evidence: Evidence) -> Found | None:
+    """The running average moves never, too fast, or too slowly.
+
+    **Why.** `momentum` is the weight of the *new* batch. At 0 the statistics stay as they are;
+    above 0.5 they are those of the last batch or two, with the noise of these; at 0.001 the
+    half-life is 693 steps, and a short epoch later the average still holds the initial 0 and 1.
+    TensorFlow and others call 1 - momentum by that name: 0.99 there is 0.01 here.
+
+    **Fires** at momentum 0, above 0.5 and, with `epoch=`, the number of steps in one, where the
+    half-life ln 2 / -ln(1 - momentum) is longer than an epoch. Not in frozen layers. Values:
+    momentum.
+
+    **Cure.** 0.1, or what gives four half-lives an epoch.
+
+    ```python
+    model = nn.Sequential(nn.Linear(8, 16, bias=False), gb.BatchNorm1d(16, momentum=0.99))
+    print(gb.check(model, x, select="BN007"))
+    model[1].momentum = 0.01
+    assert not gb.check(model, x, epoch=200, select="BN007")
+    ```
+
+    Reported as pytorch/examples#289.
+    """
+    groups: dict[str, dict[str, float]] = {"never": {}, "fast": {}, "slow": {}}
+    for name, layer in evidence.updating.items():
+        weight = layer.momentum
+        if weight is None:
+            continue
+        if weight == 0:
+            groups["never"][name] = weight
+        elif weight > 0.5:
+            groups["fast"][name] = weight
+        elif evidence.epoch is not None and _half_life(weight) > evidence.epoch:
+            groups["slow"][name] = weight
+    said, cures = [], []
+    for kind, values in groups.items():
+        if not values:
+            continue
+        name, weight = next(iter(values.items()))
+        better = 0.1
+        if kind == "never":
+            said.append("momentum 0: no batch enters the running statistics")
+        elif kind == "fast":
+            noise = math.sqrt(weight / (2 - weight))
+            better = round(1 - weight, 6) if 0.9 <= weight < 1 else 0.1
+            said.append(
+                f"momentum {weight:g}: the average has {percent(noise)} of the noise of a single "
+                f"batch (23 % at 0.1)"
+            )
+        else:
+            assert evidence.epoch is not None
+            better = round(min(0.5, 1 - 0.5 ** (4 / evidence.epoch)), 3)
+            said.append(
+                f"momentum {weight:g}: a half-life of {_half_life(weight):.0f} steps, in an epoch "
+                f"of {evidence.epoch}"
+            )
+        cure = f"{path(name)}.momentum = {better:g}"
+        if len(values) > 1:
+            cure = f"for name in {list(values)!r}: model.get_submodule(name).momentum = {better:g}"
+        cures.append(cure)
+    if not said:
+        return None
+    both = {name: weight for values in groups.values() for name, weight in values.items()}
+    return Found(both, "; ".join(said), cures[0])
+
+
+def _half_life(weight: float) -> float:
+    return math.log(2) / -math.log1p(-weight) if weight < 1 else 0.0
