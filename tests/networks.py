@@ -206,6 +206,13 @@ def functional_net(norm: str = "gb") -> nn.Module:
     return seeded(_Functional(norm), (4,))
 
 
+def renormalized() -> nn.Module:
+    """Linear layers and batch renormalization, whose output depends on the running statistics."""
+    torch.manual_seed(0)
+    hidden = (nn.Linear(4, 5, bias=False), gb.BatchRenorm1d(5), nn.ReLU())
+    return seeded(nn.Sequential(*hidden, nn.Linear(5, CLASSES)), (4,))
+
+
 NETWORKS: dict[str, Callable[..., nn.Module]] = {
     "linear_chain": linear_chain,
     "mlp": mlp,

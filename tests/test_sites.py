@@ -238,6 +238,22 @@ def test_an_exception_that_the_model_catches_does_not_end_the_search():
     assert seen(model, X) == {"bn": ("fc1", "relu", ("fc2",), 1)}
 
 
+@pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt])
+@pytest.mark.parametrize("place", ["fc1", "bn", "bn hook", "between"])
+def test_an_exception_anywhere_ends_the_tracing(place, error):
+    def fails(*args):
+        raise error
+
+    model = around(fails if place == "between" else lambda m, h: h.relu())
+    if place == "bn hook":
+        model.bn.register_forward_hook(fails)
+    elif place != "between":
+        model.get_submodule(place).forward = fails
+    with pytest.raises(error):
+        gb.sites(model, X)
+    assert torch.overrides._get_current_function_mode() is None
+
+
 def test_a_layer_computes_as_in_training_without_a_mode_around_it():
     modes = []
 

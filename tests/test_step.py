@@ -13,39 +13,9 @@ from torch.utils.checkpoint import checkpoint
 import gammabeta as gb
 from tests import networks
 from tests.networks import NETWORKS, batch_for, step_for
+from tests.traces import same, state_of
 
 NORMS = ("nn", "gb")
-
-
-def state_of(model, optimizer=None):
-    """Everything that a Step must leave as it is, with the identities of the tensors."""
-    tensors = [*model.named_parameters(), *model.named_buffers()]
-    return {
-        "values": [(n, id(t), t._version, t.requires_grad, t.detach().clone()) for n, t in tensors],
-        "grads": [None if p.grad is None else p.grad.clone() for p in model.parameters()],
-        "attributes": [
-            {k: v for k, v in m.__dict__.items() if isinstance(v, bool | int | float | str | None)}
-            for m in model.modules()
-        ],
-        "hooks": [(list(m._forward_hooks), list(m._forward_pre_hooks)) for m in model.modules()],
-        "optimizer": None if optimizer is None else copy.deepcopy(optimizer.state_dict()),
-        "random": (random.getstate(), np.random.get_state(), torch.get_rng_state()),
-    }
-
-
-def same(a, b):
-    """Equal to the bit."""
-    if isinstance(a, torch.Tensor | np.ndarray):
-        return (
-            a.dtype == b.dtype and np.array_equal(a, b, equal_nan=a.dtype.kind == "f")
-            if (isinstance(a, np.ndarray))
-            else torch.equal(a, b)
-        )
-    if isinstance(a, dict):
-        return a.keys() == b.keys() and all(same(a[k], b[k]) for k in a)
-    if isinstance(a, list | tuple):
-        return len(a) == len(b) and all(same(p, q) for p, q in zip(a, b, strict=True))
-    return a == b
 
 
 def real_step(model, loss_fn, batch):

@@ -131,6 +131,7 @@ class Trace(TorchFunctionMode):
         self._keep = keep
         self._nodes: Any = WeakIdKeyDictionary()
         self._inside = 0
+        self._paused = False
         self._frames: list[tuple[str, list[_Node]]] = []
         self._made = 0
         self._modules: dict[str, nn.Module] = {}
@@ -152,9 +153,6 @@ class Trace(TorchFunctionMode):
 
     def _watch(self, name: str, kind: str, module: nn.Module) -> None:
         layer = kind != "other"
-        # torch leaves both without types
-        enter: Callable[[], object] = self.__enter__
-        leave: Callable[..., object] = self.__exit__
 
         def before(_: nn.Module, args: Any, kwargs: Any) -> None:
             if _torch.in_backward():
@@ -163,7 +161,7 @@ class Trace(TorchFunctionMode):
             if layer:
                 if not self._inside:
                     # a layer may compute otherwise under a mode than in training
-                    leave(None, None, None)
+                    self._pause()
                 self._inside += 1
 
         def after(_: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
@@ -174,7 +172,7 @@ class Trace(TorchFunctionMode):
             if layer:
                 self._inside -= 1
                 if not self._inside:
-                    enter()
+                    self._resume()
             if self._inside:
                 return
             results = list(_tensors(output))
@@ -185,6 +183,21 @@ class Trace(TorchFunctionMode):
 
         module.register_forward_pre_hook(before, with_kwargs=True)
         module.register_forward_hook(after, with_kwargs=True, always_call=True)
+
+    def _pause(self) -> None:
+        leave: Callable[..., object] = super().__exit__  # torch leaves both without types
+        leave(None, None, None)
+        self._paused = True
+
+    def _resume(self) -> None:
+        enter: Callable[[], object] = super().__enter__
+        enter()
+        self._paused = False
+
+    def __exit__(self, *exception: Any) -> None:
+        # PyTorch calls no hook after a Ctrl-C inside a layer
+        if not self._paused:
+            self._pause()
 
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: Any = (), kwargs: Any = None
