@@ -299,7 +299,7 @@ def accept(
     *,
     out: Annotated[Path, Parameter(alias="-o")] = Path("results"),
     only: Words = None,
-    budget: Literal["tiny", "small", "full"] | None = None,
+    budget: Literal["small", "full"] | None = None,
 ) -> int:
     """Keep the rows of accepted runs: pack them, an experiment a file, to be committed.
 
@@ -346,8 +346,7 @@ def judge(
     Parameters
     ----------
     paths
-        Run folders, or kept rows; the newest run below runs/ unless given. Of several nothing is
-        kept.
+        Run folders or kept rows; the newest below runs/ unless given. Of several none is written.
     out
         Write the verdicts of kept rows on MNIST into this Markdown page instead.
     rules
