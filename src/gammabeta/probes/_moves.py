@@ -189,14 +189,14 @@ def in_units(change: Tensor, scale: Tensor) -> Tensor:
     return torch.where(change == 0, 0.0, change / scale)
 
 
-def over_units(values: Tensor, counted: Tensor, over: str) -> Tensor:
-    """Aggregate non-negative ``values`` of units, of those ``counted``; 0 if none is.
-
-    Raises:
-        ValueError: an unknown rule.
-    """
+def check_rule(over: str) -> None:
+    """Raise ValueError unless :func:`over_units` has that rule."""
     if over not in _OVER:
         raise ValueError(f"gammabeta: over must be one of {', '.join(_OVER)}, got {over!r}.")
+
+
+def over_units(values: Tensor, counted: Tensor, over: str) -> Tensor:
+    """Aggregate non-negative ``values`` of units, of those ``counted``; 0 if none is."""
     kept = values[counted]
     if kept.numel() == 0:
         return torch.zeros((), dtype=torch.float64)

@@ -69,6 +69,7 @@ import torch
 from torch import Tensor
 
 from gammabeta.probes._moves import (
+    check_rule,
     dot,
     in_units,
     layers_of,
@@ -159,6 +160,7 @@ def measure(
     Raises:
         ValueError: a keyword that cannot be, or a memory of a layer with other units.
     """
+    check_rule(over)
     unknown = [way for way in by if way not in _WAYS]
     if unknown or isinstance(by, str) or not by:
         raise ValueError(

@@ -49,7 +49,7 @@ import torch
 from torch import Tensor
 
 from gammabeta.moments import Moments
-from gammabeta.probes._moves import in_units, layers_of, over_units, received, targets
+from gammabeta.probes._moves import check_rule, in_units, layers_of, over_units, received, targets
 from gammabeta.probes.step import Step
 
 
@@ -74,6 +74,7 @@ def measure(
     Raises:
         ValueError: unknown or overlapping layers, a ``relative`` or ``over`` that cannot be.
     """
+    check_rule(over)
     rows = layers_of(step, layers)
     moved = targets(step, rows, relative)
     if moved is None or not rows:

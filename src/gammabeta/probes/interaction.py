@@ -139,6 +139,8 @@ def _products(
     found = torch.autograd.grad(
         loss, list(leaves.values()), create_graph=True, materialize_grads=True
     )
+    if _cut(found):
+        raise RuntimeError("a function whose backward can only be run once")
     gradients = dict(zip(leaves, found, strict=True))
     for k, part in enumerate(parts):
         # a gradient that depends on no parameter has no row
@@ -157,3 +159,22 @@ def _products(
             own = other.parameters
             pairs[k, at] = dot((row[name] for name in own), (steps[name] for name in own))
     return (pairs + pairs.T) / 2
+
+
+def _cut(tensors: Sequence[Tensor]) -> bool:
+    """Whether a function marked ``once_differentiable`` lies in the graph behind these.
+
+    Its second derivative is an error that PyTorch raises only on ways that it follows: products
+    with respect to chosen tensors leave it out, and would be wrong in silence.
+    """
+    waiting = [tensor.grad_fn for tensor in tensors]
+    seen = set()
+    while waiting:
+        node = waiting.pop()
+        if node is None or node in seen:
+            continue
+        if node.name() == "torch::autograd::Error":
+            return True
+        seen.add(node)
+        waiting += [behind for behind, _ in node.next_functions]
+    return False
