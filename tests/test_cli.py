@@ -30,7 +30,7 @@ from gammabeta.cli import _study
 from gammabeta.studies import _claims, _data, activations
 
 LAST = _data.HOW_TO_GET_MNIST
-TINY = ("--budget", "tiny", "--data", "digits")
+TINY = ("activations", "--budget", "tiny", "--data", "digits")
 SHOWN = {"claim", "experiment", "status", "published_status", "effect", "ci", "n", "unit"}
 SHOWN |= {"reported", "budget", "data"}
 COMMAND = [sys.executable, "-m", "gammabeta"]

@@ -50,7 +50,14 @@ SEEDS = {"tiny": 1, "small": 3, "full": 10}
 _NAMES = re.compile(r"(?:gammabeta|torch)\.[A-Za-z0-9_.]+")
 AS_WORDED = ("range-example", "standardise-weights", "sgd-form", "inference-formula")
 
-_COSTS = {"exp-lr": 40.0, "detach-explodes": 18.0, "scale-invariance": 3.0}  # in 50 ms
+# in hundredths of a second
+_COSTS = {
+    "exp-lr": 208.0,
+    "detach-explodes": 99.0,
+    "scale-invariance": 4.0,
+    "whiten-singular": 4.0,
+    "chain-expansion": 3.0,
+}
 _PARTS = {
     RIGHT: "as rightly stated",
     WORDED: "as worded",
@@ -62,7 +69,7 @@ def cells(budget: str, data: str, seeds: int | None, rows: list[Row]) -> list[Ce
     """Every claim with every seed; nothing depends on earlier rows."""
     count = SEEDS[budget] if seeds is None else seeds
     return [
-        Cell("identities", {"claim": claim}, seed, _COSTS.get(claim, 1.0))
+        Cell("identities", {"claim": claim}, seed, _COSTS.get(claim, 0.8))
         for seed in range(count)
         for claim in CLAIMS
     ]

@@ -59,7 +59,18 @@ PILOT_SEEDS = (900, 901, 902, 903)
 MOST_SEEDS = 16
 ON_IMAGES = ("vanishing-depth", "jacobian-one", "bjorck-divergence")
 
-_COSTS = {"jacobian-one": 10.0, "mf-explosion": 3.0, "mf-orthogonal": 2.0, "bjorck-divergence": 2.0}
+# in seconds, about
+_COSTS = {
+    "jacobian-one": 2.1,
+    "mf-explosion": 0.8,
+    "bjorck-divergence": 0.3,
+    "noise-structure": 0.3,
+    "mf-orthogonal": 0.23,
+    "vanishing-depth": 0.16,
+    "rank-collapse": 0.06,
+    "ortho-isometry": 0.04,
+    "whiten-nondiff": 0.013,
+}
 
 
 # -- what is to be run --------------------------------------------------------------------------
@@ -88,7 +99,7 @@ def expected(budget: str, data: str, seeds: int | None) -> list[Cell]:
 
 
 def _cell(claim: str, seed: int, wave: int) -> Cell:
-    return Cell("initialization", {"claim": claim}, seed, _COSTS.get(claim, 1.0), wave)
+    return Cell("initialization", {"claim": claim}, seed, _COSTS[claim], wave)
 
 
 def measure(arm: Mapping[str, Scalar], seed: int, budget: str, data: Images) -> Iterator[Row]:
