@@ -9,8 +9,8 @@ from torch import Tensor
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from gammabeta.layers._running import RunningMoments, is_traced, traced_call
-from gammabeta.moments import Moments
-from gammabeta.ops import _torch, batch_norm
+from gammabeta.ops import _torch, run
+from gammabeta.ops._seen import Held
 
 
 class Concealed(RunningMoments, _BatchNorm):
@@ -65,10 +65,10 @@ class Method(Concealed):
             )
         return self._normalize(input, mask, given)
 
-    def _normalize(self, x: Tensor, mask: Tensor | None, given: Moments | None) -> Tensor:
+    def _normalize(self, x: Tensor, mask: Tensor | None, given: Held | None) -> Tensor:
         """By the ``given`` running statistics; a method overrides it for those of a batch."""
-        call: dict[str, Any] = {"eps": self._eps, "mask": mask, "backend": self.backend}
-        return batch_norm(x, self.weight, self.bias, moments=given, **call)[0]
+        operands = (self.weight, self.bias, given, self._eps, None, None, mask, None)
+        return run(x, *operands, self.backend)[0]
 
     def _refuse_group(self) -> None:
         """For a method whose statistics are those of this process's samples by definition."""

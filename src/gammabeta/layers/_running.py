@@ -12,10 +12,9 @@ from torch import Tensor, fx
 from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.parameter import is_lazy
 
-from gammabeta.moments import Moments
-from gammabeta.ops import _torch, as_moments, check_backend, run
+from gammabeta.ops import _torch, as_moments, check_backend, enter, run
 from gammabeta.ops._activations import Act
-from gammabeta.ops._native import Batch
+from gammabeta.ops._seen import Batch, Held, Kept, Seen
 
 
 class StatisticsWarning(UserWarning):
@@ -98,13 +97,13 @@ class RunningMoments(_NormBase):
         if given is not None:
             return y
         if self._group is not None and mask is None and bool(as_moments(seen).n == 1):
-            return self._run(x, Moments.given(*self._single(x)), act, residual, mask)[0]
+            return self._run(x, Held(*self._single(x)), act, residual, mask)[0]
         self._offer(x, seen)
         return y
 
     def _run(
-        self, x: Tensor, given: Moments | None, act: Act, residual: Tensor | None, mask: Any
-    ) -> tuple[Tensor, Moments | Batch]:
+        self, x: Tensor, given: Held | None, act: Act, residual: Tensor | None, mask: Any
+    ) -> tuple[Tensor, Seen]:
         group = self._group if given is None else None
         operands = (self.weight, self.bias, given, self._epsilon(), act, residual, mask, group)
         try:
@@ -123,21 +122,21 @@ class RunningMoments(_NormBase):
             f"{self._details()}"
         )
 
-    def _given(self, x: Tensor, mask: Tensor | None) -> Moments | None:
+    def _given(self, x: Tensor, mask: Tensor | None) -> Held | None:
         """Check the input; the running statistics if they normalize it, None if the batch's do."""
         if x.dim() not in self._dimensions or x.shape[1] != self.num_features:
             self._check_input_dim(x)
             self._check_channels(x)
         held = self._held()
         if held is not None and (self._frozen or not self.training):
-            return Moments.given(*held)
+            return Held(*held)
         if not self._epsilon() > 0:
             raise ValueError(
                 f"{self._name()}: batch_norm eps must be positive during training, but got "
                 f"{self._epsilon()}. Usual is 1e-5; the function gammabeta.batch_norm accepts 0."
             )
         if mask is None and self._group is None and x.numel() == x.shape[1]:
-            return Moments.given(*self._single(x))
+            return Held(*self._single(x))
         return None
 
     def _epsilon(self) -> float:
@@ -166,7 +165,7 @@ class RunningMoments(_NormBase):
         if not self._commits():
             return
         if self._pending is not None and not self._rebind:
-            seen = seen.moments() if isinstance(seen, Batch) else seen
+            seen = seen.moments() if isinstance(seen, Batch | Kept) else seen
             self._pending[:] = [self._pending[0].merge(seen) if self._pending else seen]
         else:
             self._commit(seen)
@@ -183,14 +182,24 @@ class RunningMoments(_NormBase):
         if tracked is not None and self._pending is None and self._commits():
             self._buffers["num_batches_tracked"] = tracked + 1 if self._rebind else tracked.add_(1)
 
-    @torch.no_grad()
-    def _commit(self, seen: Moments | Batch) -> None:
+    def _commit(self, seen: Seen) -> None:
         """Enter one batch into the running statistics, or nothing of it.
 
         A statistic that is not finite would stay in the buffers for ever. Where reading a value
         would make a device wait, or hide it from a tracer, the choice is made by tensor values.
         """
         biased = self.stored_variance == "biased"
+        held = self._held()
+        if held is not None and not self._rebind and _torch.host_readable(held[0]):
+            done = enter(seen, *held, self.num_batches_tracked, self.momentum, biased)
+            if done is not None:
+                if not done:
+                    self._skip()
+                return
+        with torch.no_grad():
+            self._commit_parts(seen, biased, held)
+
+    def _commit_parts(self, seen: Seen, biased: bool, held: tuple[Tensor, Tensor] | None) -> None:
         whole = None
         if isinstance(seen, Batch):
             whole = seen.both
@@ -198,11 +207,12 @@ class RunningMoments(_NormBase):
             if biased:
                 batch_var = batch_var * ((seen.values - 1) / seen.values)
         else:
+            seen = as_moments(seen)
             # unbiased() is NaN for a single value, which is skipped like any other NaN
             batch_mean, batch_var = seen.mean, seen.unbiased()
             if biased:
                 batch_var = batch_var * ((seen.n - 1) / seen.n)
-        mean, var = self._held() or (batch_mean, batch_var)
+        mean, var = held or (batch_mean, batch_var)
         self._enter(whole, running_mean=(mean, batch_mean), running_var=(var, batch_var))
 
     def _enter(self, whole: Tensor | None = None, **pairs: tuple[Tensor, Tensor]) -> None:
@@ -219,8 +229,7 @@ class RunningMoments(_NormBase):
             looked = new if whole is None or whole.dtype != old[0].dtype else [whole]
             fine = all(math.isfinite(torch.linalg.vector_norm(v, torch.inf)) for v in looked)
             if not fine:
-                self._count_skip(1)
-                self._warn()
+                self._skip()
                 return
         else:
             self._check_batched(old, new)
@@ -266,6 +275,10 @@ class RunningMoments(_NormBase):
         stacked = isinstance(skip, Tensor) and _torch.is_batched(skip)
         if self._skipped is not None and not (self._rebind or stacked):
             self._skipped.add_(skip)
+
+    def _skip(self) -> None:
+        self._count_skip(1)
+        self._warn()
 
     def _warn(self) -> None:
         if not self._warned:

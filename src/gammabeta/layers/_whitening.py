@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from gammabeta.layers._method import Method, in_format_of, wide_dtype
-from gammabeta.moments import Moments, spread_mask
+from gammabeta.moments import spread_mask
+from gammabeta.ops._seen import Held
 
 
 class CrossMoments(NamedTuple):
@@ -87,7 +88,7 @@ class Whitening(Method):
 
     # -- forward ------------------------------------------------------------------------
 
-    def _normalize(self, x: Tensor, mask: Tensor | None, given: Moments | None) -> Tensor:
+    def _normalize(self, x: Tensor, mask: Tensor | None, given: Held | None) -> Tensor:
         by_batch = given is None
         if by_batch:
             self._refuse_group()

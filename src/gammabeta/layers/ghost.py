@@ -11,6 +11,7 @@ from torch import Tensor
 from gammabeta.layers._method import Method, in_format_of
 from gammabeta.moments import Moments, spread_mask
 from gammabeta.ops import batch_norm
+from gammabeta.ops._seen import Held
 
 # Ghosts of up to this many numbers are normalized in one call, which costs copies of them; larger
 # ones each in a call of its own, which costs some tenths of a millisecond (measured on a CPU).
@@ -56,7 +57,7 @@ class _Ghost(Method):
         )
         self.virtual_batch_size = virtual_batch_size
 
-    def _normalize(self, x: Tensor, mask: Tensor | None, given: Moments | None) -> Tensor:
+    def _normalize(self, x: Tensor, mask: Tensor | None, given: Held | None) -> Tensor:
         if given is not None:
             return super()._normalize(x, mask, given)
         self._refuse_group()

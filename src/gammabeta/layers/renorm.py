@@ -12,6 +12,7 @@ from torch import Tensor
 from gammabeta.layers._method import Method, wide_dtype
 from gammabeta.moments import Moments
 from gammabeta.ops import _torch, batch_norm
+from gammabeta.ops._seen import Held
 
 Limit: TypeAlias = float | Callable[[Tensor], float | Tensor]
 
@@ -78,7 +79,7 @@ class _Renorm(Method):
                     raise self._no_number(name, least, value)
                 self._limit(name, least, None)
 
-    def _normalize(self, x: Tensor, mask: Tensor | None, given: Moments | None) -> Tensor:
+    def _normalize(self, x: Tensor, mask: Tensor | None, given: Held | None) -> Tensor:
         if given is not None:
             return super()._normalize(x, mask, given)
         call: dict[str, Any] = {"eps": self._eps, "mask": mask, "group": self._group}

@@ -20,12 +20,14 @@ import torch
 from torch import Tensor
 
 from gammabeta.moments import Moments, spread_mask, statistics
-from gammabeta.ops import _activations, _collective, _native, _reference, _torch
+from gammabeta.ops import _activations, _collective, _cpu, _native, _reference, _torch
 from gammabeta.ops._activations import Act, Parsed
 from gammabeta.ops._collective import Meeting
-from gammabeta.ops._native import Batch
+from gammabeta.ops._seen import Held, Seen
+from gammabeta.ops._seen import as_moments as as_moments
 
-_BACKENDS: dict[str, ModuleType] = {"native": _native, "reference": _reference}
+# in the order in which "auto" tries them
+_BACKENDS: dict[str, ModuleType] = {"cpu": _cpu, "native": _native, "reference": _reference}
 _LOW = (torch.float16, torch.bfloat16)
 Answer: TypeAlias = tuple[Tensor, Moments]
 
@@ -105,24 +107,19 @@ def batch_norm(
     return y, as_moments(seen)
 
 
-def as_moments(seen: Moments | Batch) -> Moments:
-    """The moments of what :func:`run` saw."""
-    return seen.moments() if isinstance(seen, Batch) else seen
-
-
 def run(
     x: Tensor,
     weight: Tensor | None,
     bias: Tensor | None,
-    moments: Moments | None,
+    moments: Moments | Held | None,
     eps: float,
     act: Act,
     residual: Tensor | None,
     mask: Tensor | None,
     group: Any,
     backend: str,
-) -> tuple[Tensor, Moments | Batch]:
-    """:func:`batch_norm` for layers: a batch's statistics as the backend reports them."""
+) -> tuple[Tensor, Seen]:
+    """:func:`batch_norm` for layers: statistics go in and come out as they are at hand."""
     parsed = _activations.parse(act)
     _check(x, weight, bias, moments, eps, residual)
     if group is not None and moments is not None:
@@ -134,12 +131,15 @@ def run(
     # in half precision γ and β lose digits that the float32 arithmetic behind would keep
     weight = weight.float() if weight is not None and weight.dtype in _LOW else weight
     bias = bias.float() if bias is not None and bias.dtype in _LOW else bias
-    operands = {"weight": weight, "bias": bias, "stats": moments, "eps": eps, "mask": mask}
-    chosen = _choose(backend, x, **operands, residual=residual, group=group)
+    chosen = _choose(backend, x, weight, bias, moments, eps, mask, residual, group)
     if group is not None:
         rest = (weight, bias, residual, valid, eps, parsed, chosen)
         # the compiler calls what it cannot see through as it is
         return _uncompiled(_synchronized)(x, _collective.meet(group), *rest)
+    if chosen is _cpu:
+        return _cpu.forward(x, weight, bias, moments, eps, parsed, residual, valid)
+    if isinstance(moments, Held):
+        moments = moments.moments()
     if chosen is _native:  # in one call, differentiated by PyTorch
         return _native.forward(x, weight, bias, moments, eps, parsed, residual)
     if torch.compiler.is_compiling() or _torch.transform_active():
@@ -151,6 +151,21 @@ def run(
     stats = moments if moments is not None else chosen.moments(x, valid)
     y = _seam(x, weight, bias, residual, valid, stats, given, eps, parsed, chosen, None)
     return y, stats
+
+
+def enter(
+    seen: Seen,
+    running_mean: Tensor,
+    running_var: Tensor,
+    tracked: Tensor | None,
+    momentum: float | None,
+    biased: bool,
+) -> bool | None:
+    """Enter a batch into running statistics in one call, where its backend can do that.
+
+    Returns whether the batch was finite and was entered; None where the caller has to do it.
+    """
+    return _cpu.enter(seen, running_mean, running_var, tracked, momentum, biased)
 
 
 def _synchronized(
@@ -195,7 +210,8 @@ def backends(
         that do not hold with it.
 
     >>> import torch, gammabeta as gb
-    >>> found = gb.backends(torch.randn(8, 3), mask=torch.ones(8, dtype=torch.bool))
+    >>> x = torch.randn(8, 3, dtype=torch.float64)
+    >>> found = gb.backends(x, mask=torch.ones(8, dtype=torch.bool))
     >>> found["native"].why_not
     "PyTorch's op takes no mask"
     >>> found["reference"].chosen
@@ -203,11 +219,10 @@ def backends(
     """
     _activations.parse(act)
     _check(x, weight, bias, moments, eps, residual)
-    call = {"weight": weight, "bias": bias, "stats": moments, "eps": eps, "mask": mask}
-    call |= {"residual": residual, "group": group}
-    chosen = _choose(backend, x, **call)
+    call = (x, weight, bias, moments, eps, mask, residual, group)
+    chosen = _choose(backend, *call)
     return {
-        name: Backend(name, module is chosen, module.why_not(x, **call), module.LACKS)
+        name: Backend(name, module is chosen, module.why_not(*call), module.LACKS)
         for name, module in _BACKENDS.items()
     }
 
@@ -222,32 +237,39 @@ def check_backend(backend: str) -> None:
         )
 
 
-def _choose(backend: str, x: Tensor, **call: Any) -> ModuleType:
+def _choose(backend: str, x: Tensor, *call: Any) -> ModuleType:
+    # torch.func cannot see into an op that writes its statistics in place
+    transformed = _torch.transform_active()
     if backend == "auto":
-        # torch.func cannot see into an op that writes its statistics in place
-        if _torch.transform_active():
+        if transformed:
             return _reference
-        return next(m for m in _BACKENDS.values() if m.why_not(x, **call) is None)
+        # an exported model is to hold operators that every runtime knows
+        skipped = _cpu if torch.compiler.is_exporting() else None
+        return next(
+            m for m in _BACKENDS.values() if m is not skipped and m.why_not(x, *call) is None
+        )
     check_backend(backend)
     module = _BACKENDS[backend]
-    reason = module.why_not(x, **call)
+    reason = module.why_not(x, *call)
     if reason is not None:
-        able = [name for name, m in _BACKENDS.items() if m.why_not(x, **call) is None]
+        able = [name for name, m in _BACKENDS.items() if m.why_not(x, *call) is None]
         raise ValueError(
             f"backend {backend!r} cannot run this call: {reason}. "
             f"These can: {', '.join(able)}; or leave the choice to backend='auto'."
         )
-    return _reference if _torch.transform_active() else module
+    return _reference if transformed else module
 
 
 def _check(
     x: Tensor,
     weight: Tensor | None,
     bias: Tensor | None,
-    moments: Moments | None,
+    moments: Moments | Held | None,
     eps: float,
     residual: Tensor | None,
 ) -> None:
+    if isinstance(moments, Held):  # a layer's own buffers, which it has checked
+        moments = None
     for name, value in (("input", x), ("weight", weight), ("bias", bias), ("residual", residual)):
         if value is not None and not isinstance(value, Tensor):
             raise TypeError(

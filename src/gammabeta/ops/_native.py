@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from gammabeta.moments import Moments, over, reduced, statistics
+from gammabeta.moments import Moments, over, reduced
 from gammabeta.ops import _activations, _reference, _torch
 from gammabeta.ops._activations import Parsed
+from gammabeta.ops._seen import Batch, Held
 
 # Promises of docs/numerics.md that this backend does not keep.
 LACKS: tuple[str, ...] = (
@@ -23,14 +24,13 @@ _LOW = (torch.float16, torch.bfloat16)
 
 def why_not(
     x: Tensor,
-    *,
     weight: Tensor | None = None,
     bias: Tensor | None = None,
-    stats: Moments | None = None,
+    stats: Moments | Held | None = None,
     eps: float = 1e-5,
     mask: Tensor | None = None,
+    residual: Tensor | None = None,
     group: Any = None,
-    **call: Any,
 ) -> str | None:
     """The reason why PyTorch's op cannot run this call, or None."""
     if mask is not None:
@@ -44,22 +44,6 @@ def why_not(
     if stats is None and x.numel() <= (x.shape[1] if group is None else 0):
         return "PyTorch's op needs more than one value per channel to take statistics"
     return None
-
-
-class Batch(NamedTuple):
-    """A batch's statistics as PyTorch's op reports them, before anybody asks for moments.
-
-    A layer enters them into its buffers as they are: the way through float64 costs as much time
-    as normalizing a small batch.
-    """
-
-    both: Tensor  # (2, C): mean and unbiased variance
-    values: int  # per channel
-
-    def moments(self) -> Moments:
-        n = torch.full((), self.values, dtype=torch.float64, device=self.both.device)
-        mean, var = self.both.to(torch.float64).unbind()
-        return Moments(n, mean, var * (self.values - 1))
 
 
 def forward(
@@ -119,12 +103,8 @@ class _Fused(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> Any:
         x, weight, bias, *saved, reserve = ctx.saved_tensors
         if torch.is_grad_enabled():
-            call = (weight, bias, ctx.eps, None, None, None)
-            stats = statistics(x, None)
-            sums = _reference.reduce_grads(grads[0], x, stats, *call)
-            dx, _ = _reference.grad_input(grads[0], x, stats, sums, stats.n, *call)
-            dweight = None if weight is None else sums[1].to(weight.dtype)
-            return dx, dweight, None if bias is None else sums[0].to(bias.dtype), None, None
+            call = (grads[0], x, weight, bias, None, None, None, ctx.eps, None)
+            return *_reference.gradients(*call)[:3], None, None
         needed = list(ctx.needs_input_grad[:3])
         rest = (None, None, *saved, True, ctx.eps, needed, reserve)
         dx, dweight, dbias = _backward(ctx.kernel, x, grads[0], weight, *rest)

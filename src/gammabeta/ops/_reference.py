@@ -21,7 +21,7 @@ from gammabeta.ops._activations import Parsed
 LACKS: tuple[str, ...] = ()  # promises of docs/numerics.md that this backend does not keep
 
 
-def why_not(x: Tensor, **call: Any) -> str | None:
+def why_not(x: Tensor, *call: Any) -> str | None:
     """None: the reference runs everywhere."""
     return None
 
@@ -95,6 +95,30 @@ def grad_input(
     if valid is not None:
         dx = torch.where(valid, dx, 0.0)
     return dx.to(x.dtype), None if residual is None else dz.to(residual.dtype)
+
+
+def gradients(
+    dy: Tensor,
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    valid: Tensor | None,
+    given: Moments | None,
+    eps: float,
+    act: Parsed,
+) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:
+    """dx, dγ, dβ and the residual's gradient, to be differentiated again.
+
+    The statistics are taken once more, so that they depend on x; saved ones would be constants.
+    """
+    stats = statistics(x, valid) if given is None else given
+    rest = (weight, bias, eps, act, residual, valid)
+    sums = reduce_grads(dy, x, stats, *rest)
+    n = stats.n if given is None else None
+    dx, dresidual = grad_input(dy, x, stats, sums, n, *rest)
+    dweight = None if weight is None else sums[1].to(weight.dtype)
+    return dx, dweight, None if bias is None else sums[0].to(bias.dtype), dresidual
 
 
 def _preactivation(

@@ -3,11 +3,24 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import TypeVar
 
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 from torch.utils import _python_dispatch as dispatch
+
+F = TypeVar("F", bound=Callable[..., object])
+
+
+def known_to_the_compiler(function: F) -> F:
+    """Mark a function whose result the compiler may take once, without looking into it.
+
+    The public way, ``torch.compiler.assume_constant_result``, sets the same mark, and imports the
+    whole compiler to do so.
+    """
+    function.__dict__["_dynamo_marked_constant"] = True
+    return function
 
 
 def transform_active() -> bool:
@@ -61,3 +74,18 @@ def host_readable(t: Tensor) -> bool:
     if type(t) is not Tensor or t.device.type != "cpu":
         return False
     return not (recorded() or transform_active())
+
+
+def addresses_count() -> bool:
+    """Whether operations run at once, on the values that tensors hold, and nobody looks on.
+
+    False under a tracer, a mode, a transform or the profiler. Without the private names: True only
+    as far as the public ones tell.
+    """
+    if torch.compiler.is_compiling() or recorded() or transform_active():
+        return False
+    functions = getattr(torch._C, "_len_torch_function_stack", None)
+    if functions is not None and functions() > 0:
+        return False
+    profiling = getattr(torch._C._autograd, "_profiler_enabled", None)
+    return not (profiling is not None and profiling())

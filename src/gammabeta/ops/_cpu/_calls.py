@@ -1,0 +1,359 @@
+"""From tensors to calls of kernels: geometry, addresses, what is kept for the backward."""
+
+from __future__ import annotations
+
+import functools
+import math
+import struct
+import threading
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from gammabeta.moments import Moments
+from gammabeta.ops._cpu import _compile
+from gammabeta.ops._seen import Held
+
+# flags of the kernels: see _operands, which needs LLVM to be imported
+GIVEN, HELD, ONLY, TOTALS, FIXED = 1, 2, 4, 8, 16
+POINTERS = (
+    *("x", "y", "dy", "dx", "residual", "dresidual", "bits", "mask", "weight", "bias"),
+    "stats",  # float64 (2, C): mean, sum of squared deviations
+    *("mean", "var"),  # float32 (C,): running statistics, with the flag HELD
+    "plan",  # float32 (5, C): see _operands.PLAN
+    "scratch",
+    "sums",  # float64 (2, C): Σ dy and Σ dy·x̂
+    *("dweight", "dbias"),
+    *("running_mean", "running_var", "tracked"),  # a layer's float32 and int64 buffers
+)
+NUMBERS = ("count", "eps", "slope", "momentum", "correction")
+INTEGERS = (
+    *("n", "c", "s"),  # samples, channels, positions
+    "block",  # planes: channels that one thread takes at a time
+    *("rows", "columns", "copies"),  # pixels: the matrix; how often a channel stands in a row
+    *("strips", "strip"),  # pixels: parts that the sums are taken over, rows in each
+    *("items", "nears", "gathers", "groups", "finals"),  # pieces of work of each stage
+    *("threads", "flags"),
+)
+_pointers = struct.Struct(f"{len(POINTERS)}q").pack
+_numbers = struct.Struct(f"{len(NUMBERS)}d").pack
+_integers = struct.Struct(f"{len(INTEGERS)}q").pack
+
+BLOCK = 64  # planes: channels at most in a block, what the stack has room for
+GROUP = 64  # pixels: channels in an item of the second stage
+LANES = 16
+PARTS = 8  # pixels: float32 rows in scratch: a value near the mean, the plan, two means
+_SERIAL = 32768  # elements, below which a second thread costs more than it saves
+_RUN = 4096  # bytes that lie side by side, at least, in what a thread reads
+_CACHE = 600_000  # bytes of one operand that stay in the second cache with the others
+_STRIP = 1 << 18  # bytes in a strip
+_HUGE = 4 << 20  # bytes, from which on memory is asked for in large pages
+
+
+class Operands(NamedTuple):
+    """One call, checked, in the layout of a kernel."""
+
+    x: Tensor
+    weight: Tensor | None
+    bias: Tensor | None
+    residual: Tensor | None
+    mask: Tensor | None  # bool, with a channel axis of size 1
+    eps: float
+    slope: float | None  # of what is fused; None for no activation
+
+
+class Geometry(NamedTuple):
+    integers: bytes
+    scratch: int  # bytes
+    signs: int  # 16-bit words
+
+
+class _Local(threading.local):
+    scratch: Tensor = torch.empty(0, dtype=torch.uint8)
+
+
+_local = _Local()
+
+
+def prepare(
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    mask: Tensor | None,
+    eps: float,
+    slope: float | None,
+) -> tuple[str, Operands]:
+    """The layout of a call, and its operands in it; most need no copy."""
+    if x.is_neg():  # a view whose signs are still to be changed
+        x = x.resolve_neg()
+    layout = layout_of(x)
+    if layout is None:
+        x = x.contiguous()
+        layout = layout_of(x) or "planes"
+    if residual is not None:
+        residual = arranged(residual, layout)
+    if mask is not None:
+        mask = mask.contiguous()
+    weight = None if weight is None else weight.contiguous()
+    bias = None if bias is None else bias.contiguous()
+    return layout, Operands(x, weight, bias, residual, mask, eps, slope)
+
+
+def layout_of(x: Tensor) -> str | None:
+    """Which kernels can walk over x as it lies in memory; None if it has to be copied."""
+    if x.is_contiguous():
+        return "pixels" if x.numel() == x.shape[0] * x.shape[1] else "planes"
+    if x.dim() == 4:
+        return "pixels" if x.is_contiguous(memory_format=torch.channels_last) else None
+    return "pixels" if x.movedim(1, -1).is_contiguous() else None
+
+
+def arranged(t: Tensor, layout: str) -> Tensor:
+    """``t``, copied if it does not lie in that layout."""
+    if t.is_neg():
+        t = t.resolve_neg()
+    if layout == "planes" or t.dim() == 2:
+        return t.contiguous()
+    if t.dim() == 4:
+        return t.contiguous(memory_format=torch.channels_last)
+    return t.movedim(1, -1).contiguous().movedim(-1, 1)
+
+
+@functools.lru_cache(maxsize=4096)
+def geometry(
+    layout: str, shape: tuple[int, ...], size: int, masked: bool, threads: int, flags: int
+) -> Geometry:
+    """How the work is divided. Sums depend on the shape alone, never on the threads."""
+    n, c, *positions = shape
+    s = math.prod(positions)
+    given = bool(flags & (GIVEN | HELD))
+    if layout == "planes":
+        return _planes(n, c, s, size, threads, flags, given)
+    rows, copies = n * s, 1
+    if c < LANES and not masked:
+        copies = _copies(rows, c)
+    columns = c * copies
+    rows //= copies
+    bytes_ = rows * columns * size
+    strips = max(1, min(64, bytes_ // _STRIP, bytes_ // (256 * columns)))
+    strip = _up(_up(rows, strips) // strips, 8)
+    strips = _up(rows, strip) // strip
+    width = _up(columns, LANES)
+    gathers = 0 if given or flags & TOTALS else strips
+    finals = 0 if flags & ONLY else strips
+    # the last vectors may reach beyond: 64 bytes that are read and never used
+    scratch = width * (4 * PARTS + 16 * strips) + 64
+    words = (n, c, s, 0, rows, columns, copies, strips, strip)
+    work = (0, int(not given), gathers, -(-c // GROUP), finals)
+    return Geometry(_integers(*words, *work, threads, flags), scratch, rows * width // LANES)
+
+
+def _planes(n: int, c: int, s: int, size: int, threads: int, flags: int, given: bool) -> Geometry:
+    block = min(BLOCK, -(-_RUN // (s * size)))
+    block = max(1, min(block, _CACHE // (s * size * n), c // threads))
+    blocks = -(-c // block)
+    # nothing has to be summed: few channels are no reason for idle threads
+    parts = max(1, min(n, 4 * threads // blocks)) if given else 1
+    words = (n, c, s, block, 0, 0, 0, 0, 0, blocks * parts, 0, 0, 0, 0)
+    return Geometry(_integers(*words, threads, flags), 0, n * c * -(-s // LANES))
+
+
+def _up(number: int, unit: int) -> int:
+    """The next multiple of ``unit``."""
+    return -(-number // unit) * unit
+
+
+def _copies(rows: int, c: int) -> int:
+    """How many rows of few channels to take as one, so that vectors are full."""
+    whole = LANES // math.gcd(c, LANES)
+    wanted = [whole, *range(64 // c, 1, -1)]
+    return next((copies for copies in wanted if rows % copies == 0), 1)
+
+
+def threads_for(x: Tensor) -> int:
+    return 1 if x.numel() < _SERIAL else _compile.threads()
+
+
+def _address(t: Tensor | None) -> int:
+    return 0 if t is None else t.data_ptr()
+
+
+def _scratch(size: int) -> int:
+    if size > _local.scratch.numel():
+        _local.scratch = torch.empty(size, dtype=torch.uint8)
+    return _local.scratch.data_ptr()
+
+
+def fresh_like(x: Tensor) -> Tensor:
+    """Memory in the layout of x; a large one in large pages, which are mapped in less time."""
+    made = torch.empty_like(x)
+    size = made.nbytes
+    if size >= _HUGE:
+        _compile.advise(made.data_ptr(), size)
+    return made
+
+
+def kept_size(channels: int) -> int:
+    """float64 words: the statistics (2, C), in float32 the plan (5, C), and the count."""
+    return 2 * channels + (5 * channels + 1) // 2 + 1
+
+
+def signs_of(x: Tensor, masked: bool) -> int:
+    """16-bit words for one bit of each element; rows begin with a new word."""
+    n, c, *positions = x.shape
+    s = math.prod(positions)
+    if layout_of(x) != "pixels" and not (x.is_contiguous() and s == 1):
+        return n * c * (_up(s, LANES) // LANES)
+    copies = 1 if c >= LANES or masked else _copies(n * s, c)
+    return n * s // copies * (_up(c * copies, LANES) // LANES)
+
+
+def count_of(x: Tensor, mask: Tensor | None) -> float:
+    if mask is None:
+        return float(x.numel() // x.shape[1])
+    return float(mask.sum())
+
+
+def forward(
+    call: Operands,
+    layout: str,
+    given: Moments | Held | None,
+    *,
+    count: float,
+    want_y: bool = True,
+    want_signs: bool = False,
+    again: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """y, what is kept (statistics and plan), and the signs before the activation if wanted.
+
+    ``again`` is what an earlier call kept: the same output once more, bit for bit.
+    """
+    x, weight, bias, residual, mask, eps, slope = call
+    channels = x.shape[1]
+    kept = torch.empty(kept_size(channels), dtype=torch.float64)
+    flags = 0 if want_y else ONLY
+    held_mean = held_var = 0
+    divisor = max(count, 1.0)
+    if again is not None:
+        flags |= GIVEN
+        kept.copy_(again)
+    elif isinstance(given, Held):
+        flags |= HELD
+        held_mean, held_var = given.mean.data_ptr(), given.var.data_ptr()
+    elif given is not None:
+        flags |= GIVEN
+        kept[:channels] = given.mean
+        kept[channels : 2 * channels] = given.var()
+        divisor = 1.0
+    where = geometry(layout, x.shape, x.element_size(), mask is not None, threads_for(x), flags)
+    y = fresh_like(x) if want_y else torch.empty(0)
+    signs = None
+    if want_signs and residual is not None and slope is not None:
+        signs = torch.empty(where.signs, dtype=torch.int16)
+    stats = kept.data_ptr()
+    addresses = _pointers(
+        *(x.data_ptr(), y.data_ptr(), 0, 0, _address(residual), 0, _address(signs)),
+        *(_address(mask), _address(weight), _address(bias), stats, held_mean, held_var),
+        *(stats + 16 * channels, _scratch(where.scratch), 0, 0, 0, 0, 0, 0),
+    )
+    numbers = _numbers(divisor, eps, 1.0 if slope is None else slope, 0.0, 0.0)
+    run = _compile.kernel(layout, "forward", _form(call, residual is not None))
+    run(addresses + numbers + where.integers)
+    return y, kept, signs
+
+
+def negative(signs: Tensor, x: Tensor, masked: bool) -> Tensor:
+    """The kept signs as bool, in the shape of x."""
+    layout = layout_of(x) or layout_of(x.contiguous()) or "planes"
+    n, c, *positions = x.shape
+    numbers = torch.arange(LANES, dtype=torch.int32)
+    bits = ((signs.to(torch.int32).unsqueeze(-1) >> numbers) & 1).bool()
+    if layout == "planes":
+        rows = bits.view(n * c, -1)[:, : math.prod(positions)]
+        return rows.reshape(x.shape)
+    copies = 1 if c >= LANES or masked else _copies(n * math.prod(positions), c)
+    width = _up(c * copies, LANES)
+    rows = bits.view(-1, width)[:, : c * copies]
+    return rows.reshape(n, *positions, c).movedim(-1, 1)
+
+
+class Sums(NamedTuple):
+    both: Tensor  # float64 (2, C): Σ dy, Σ dy·x̂
+    weight: Tensor | None
+    bias: Tensor | None
+
+
+def backward(
+    dy: Tensor,
+    call: Operands,
+    layout: str,
+    kept: Tensor,
+    signs: Tensor | None,
+    *,
+    count: float,
+    fixed: bool,
+    totals: Tensor | None = None,
+    want_dx: bool = True,
+    want_dresidual: bool = False,
+) -> tuple[Tensor | None, Tensor | None, Sums]:
+    """dx, the residual's gradient where it is not dy itself, and the sums."""
+    x, weight, bias, _, mask, eps, slope = call
+    channels = x.shape[1]
+    flags = (0 if want_dx else ONLY) | (FIXED if fixed else 0)
+    dweight = dbias = None
+    if totals is None:
+        sums = torch.empty(2, channels, dtype=torch.float64)
+        dweight = None if weight is None else torch.empty(channels)
+        dbias = None if bias is None else torch.empty(channels)
+    else:
+        sums, flags = totals, flags | TOTALS
+    where = geometry(layout, x.shape, x.element_size(), mask is not None, threads_for(x), flags)
+    dx = fresh_like(x) if want_dx else None
+    dresidual = fresh_like(x) if want_dresidual and want_dx else None
+    stats = kept.data_ptr()
+    addresses = _pointers(
+        *(x.data_ptr(), 0, dy.data_ptr(), _address(dx), 0, _address(dresidual)),
+        *(_address(signs), _address(mask), 0, 0, stats, 0, 0, stats + 16 * channels),
+        *(_scratch(where.scratch), sums.data_ptr(), _address(dweight), _address(dbias)),
+        *(0, 0, 0),
+    )
+    numbers = _numbers(max(count, 1.0), eps, 1.0 if slope is None else slope, 0.0, 0.0)
+    run = _compile.kernel(layout, "backward", _form(call, signs is not None))
+    run(addresses + numbers + where.integers)
+    return dx, dresidual, Sums(sums, dweight, dbias)
+
+
+def _form(call: Operands, residual: bool) -> tuple[str, bool, bool, bool]:
+    dtype = "float32" if call.x.dtype == torch.float32 else "bfloat16"
+    if call.mask is not None:
+        return dtype, True, True, True
+    return dtype, call.slope is not None, residual, False
+
+
+def enter(
+    stats: Tensor,
+    channels: int,
+    running_mean: Tensor,
+    running_var: Tensor,
+    tracked: Tensor | None,
+    momentum: float | None,
+    correction: float,
+) -> bool:
+    """Enter a batch into a layer's buffers, or nothing of it: whether it was finite."""
+    held = (running_mean, running_var) if tracked is None else (running_mean, running_var, tracked)
+    addresses = _pointers(
+        *(0,) * 10,
+        *(stats.data_ptr(), 0, 0, 0, 0, 0, 0, 0),
+        *(running_mean.data_ptr(), running_var.data_ptr(), _address(tracked)),
+    )
+    if momentum is None:  # 1/count, or where nothing is counted, as in PyTorch, no change
+        momentum = 0.0 if tracked is None else -1.0
+    numbers = _numbers(0.0, 0.0, 0.0, momentum, correction)
+    integers = _integers(0, channels, *(0,) * (len(INTEGERS) - 2))
+    form = ("float32", False, False, False)
+    done = bool(_compile.kernel("running", "update", form)(addresses + numbers + integers))
+    if done:  # autograd must know that they were written to
+        torch.autograd.graph.increment_version(held)
+    return done
