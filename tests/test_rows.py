@@ -7,6 +7,7 @@ import os
 import random
 import subprocess
 import sys
+import tracemalloc
 import zlib
 from collections import Counter
 from pathlib import Path
@@ -238,7 +239,7 @@ def head_with(**changes):
 def bomb(file):
     packer = zlib.compressobj(9, wbits=31)
     zeros = bytes(1_000_000)
-    text = b"".join(packer.compress(zeros) for _ in range(1000)) + packer.flush()
+    text = b"".join(packer.compress(zeros) for _ in range(400)) + packer.flush()
     assert len(text) < 2_000_000
     file.write_bytes(text)
 
@@ -282,6 +283,18 @@ def test_a_hostile_file_is_refused_with_file_and_line(results, what):
     assert message.startswith(str(results))
     assert message.isprintable()
     assert len(message) < 600
+
+
+def test_a_bomb_is_not_unpacked_before_it_is_refused(results):
+    (file,) = results.glob("*.jsonl.gz")
+    bomb(file)
+    tracemalloc.start()
+    try:
+        with pytest.raises(RunError, match="at most 50 MB"):
+            _runs.read_packed(file)
+        assert tracemalloc.get_traced_memory()[1] < 200_000_000
+    finally:
+        tracemalloc.stop()
 
 
 # --- where a rule comes from ----------------------------------------------------------------
@@ -355,9 +368,13 @@ def test_a_rule_that_is_changed_after_the_first_row_is_marked_for_ever(
     # Also when the old rule comes back, and where there is no git.
     back = commit(mine.format(rule.thresholds["delta"]), 60)
     assert (marks().commit, marks().amended) == (back, True)
-    monkeypatch.setenv("PATH", "")
-    assert marks().amended
-    assert marks().commit == back
+    with monkeypatch.context() as patch:
+        patch.setenv("PATH", "")
+        assert marks().amended
+        assert marks().commit == back
+    # Also when the change is taken out of the history.
+    subprocess.run(["git", "reset", "-q", "--hard", first], cwd=registry.parent, check=True)
+    assert (marks().commit, marks().amended) == (first, True)
 
 
 def test_rows_that_are_older_than_their_rule_are_marked(history, tmp_path):
