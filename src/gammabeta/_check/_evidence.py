@@ -325,7 +325,8 @@ class Evidence:
         for name, layer in self.layers.items():
             held = pair(layer)
             if held is not None:
-                found[name] = (held[0].double(), held[1].double(), self.counted(name))
+                mean, var = (t.to(torch.float64, copy=True) for t in held)
+                found[name] = (mean, var, self.counted(name))
         return found
 
     def _moved(self, before: Snapshot) -> dict[str, float]:

@@ -75,7 +75,9 @@ class Modes:
         self.actual: Statistics = {}
         for name, layer in self.live.items():
             mean, var = pair(layer) or (torch.empty(0), torch.empty(0))
-            self.actual[name] = (mean.double(), var.double())
+            # copies: the buffers are written to
+            double = torch.float64
+            self.actual[name] = (mean.to(double, copy=True), var.to(double, copy=True))
         with apart(self.model):
             yield
 
