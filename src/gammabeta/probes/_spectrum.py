@@ -109,7 +109,14 @@ def exact(matrices: Tensor, zero: float) -> Spectrum:
 
 
 def estimated(
-    apply: Product, transpose: Product, like: Tensor, *, steps: int, starts: int, zero: float
+    apply: Product,
+    transpose: Product,
+    like: Tensor,
+    generator: torch.Generator,
+    *,
+    steps: int,
+    starts: int,
+    zero: float,
 ) -> Spectrum:
     """The distribution of the singular values of a matrix A with no more columns than rows.
 
@@ -117,11 +124,10 @@ def estimated(
         apply: v to A·v.
         transpose: u to Aᵀ·u.
         like: a tensor of the device and precision of v, (columns,).
+        generator: of random vectors, on the CPU. Spectra that are pooled need different ones.
         steps: products with A, and as many with Aᵀ, for each start.
         starts: how many random vectors.
     """
-    # the same at each moment of a training, so that what changes is the network
-    generator = torch.Generator().manual_seed(0)
     found = []
     for _ in range(starts):
         start = torch.randn(len(like), dtype=torch.float64, generator=generator).to(like)

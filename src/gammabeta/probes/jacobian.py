@@ -42,11 +42,11 @@ Quantities, for each definition d, of a layer as ``<layer>/<d>_…``, of the who
 signals alive in all directions. At initialization, batch normalization with ReLU has rms slightly
 above 1 and raises it with every layer.
 
-Computed row by row, all of it, if a matrix has at most ``limit``² entries, else estimated by
-Lanczos, see :mod:`._spectrum`. A layer whose weight is used without calling its module, that is
-called under ``no_grad`` or whose input is not a floating tensor has none; of one that is called
-more than once, the first call counts. ``sum``, ``own`` and ``eval`` need samples along axis 0 on
-both sides and are absent where their number changes.
+Computed row by row, all of it, if a matrix has at most ``limit``² entries, or no more rows or
+columns than ``steps``; else estimated by Lanczos, see :mod:`._spectrum`. A layer whose weight is
+used without calling its module, that is called under ``no_grad`` or whose input is not a floating
+tensor has none; of one that is called more than once, the first call counts. ``sum``, ``own`` and
+``eval`` need samples along axis 0 on both sides and are absent where their number changes.
 
 Cost: two forward passes in each mode used; then backward passes from a layer's end to its
 beginning: out for ``sum``, and for ``own`` and ``eval`` where samples do not meet; samples·out
@@ -64,7 +64,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, MutableMapping, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -117,11 +117,13 @@ def measure(
     >>> round(found["0/batch_in_range"].item(), 3), round(found["0/batch_zeros"].item(), 3)
     (0.5, 0.25)
     """
-    _check(step.model, definitions, layers, samples, limit, steps, starts, points, zero)
+    _check_names(step.model, definitions, layers or ())
+    how = _How(samples, limit, steps, starts, points, zero)
+    how.check()
     result: dict[str, Tensor] = {}
 
     def add(name: str, ends: _Ends, definition: str) -> None:
-        spectrum = _spectrum(ends, definition, samples, limit, steps, starts, zero)
+        spectrum = _spectrum(ends, definition, how)
         if spectrum is not None:
             prefix = f"{name}/{definition}" if name else definition
             result[f"{prefix}_singular_values"] = spectrum.sorted(points)
@@ -139,6 +141,32 @@ def measure(
                         for definition in chosen:
                             add(name, ends, definition)
     return result
+
+
+class _How(NamedTuple):
+    """The numbers that ``measure`` is given, checked."""
+
+    samples: int
+    limit: int
+    steps: int
+    starts: int
+    points: int | None
+    zero: float
+
+    def check(self) -> None:
+        least = {"samples": 1, "limit": 0, "steps": 2, "starts": 1, "points": 2}
+        for name, value in self._asdict().items():
+            if name in least and value is not None and value < least[name]:
+                raise ValueError(f"jacobian: {name} must be at least {least[name]}, got {value!r}.")
+        if not 0 <= self.zero < 1:
+            raise ValueError(
+                "jacobian: zero must be a share of the largest singular value, got "
+                f"{self.zero!r}. Usual is 1e-6."
+            )
+
+    def exactly(self, rows: int, columns: int) -> bool:
+        # with fewer rows or columns than steps, all of it costs no more than an estimate
+        return rows * columns <= self.limit**2 or min(rows, columns) <= self.steps
 
 
 class _Ends:
@@ -211,50 +239,48 @@ class _Block:
         product = self._ends.jvp(tangent)
         return self._flat(product.sum(0) if self._total else product[self._sample])
 
-    def matrix(self) -> Tensor:
-        unit = self._ends.end.new_zeros(self.rows)
-        rows = []
-        for i in range(self.rows):
-            unit[i] = 1
-            rows.append(self.back(unit))
-            unit[i] = 0
-        return torch.stack(rows)
-
-    def spectrum(self, limit: int, steps: int, starts: int, zero: float) -> Spectrum:
-        if self.rows * self.columns <= limit**2:
-            return exact(self.matrix(), zero)
+    def spectrum(self, how: _How, generator: torch.Generator) -> Spectrum:
+        device = self._ends.end.device
+        if how.exactly(self.rows, self.columns):
+            # by rows, one backward pass each, unless there are many more rows than columns
+            many = self.rows * self.columns > how.limit**2 and self.rows > how.steps
+            product, count = (self.forward, self.columns) if many else (self.back, self.rows)
+            units = torch.eye(count, dtype=self._dtype, device=device)
+            return exact(torch.stack([product(unit) for unit in units]), how.zero)
         wide = self.rows < self.columns
         apply, transpose = (self.back, self.forward) if wide else (self.forward, self.back)
         size = self.rows if wide else self.columns
-        like = torch.empty(size, dtype=self._dtype, device=self._ends.end.device)
-        return estimated(apply, transpose, like, steps=steps, starts=starts, zero=zero)
+        like = torch.empty(size, dtype=self._dtype, device=device)
+        return estimated(
+            *(apply, transpose, like, generator), steps=how.steps, starts=how.starts, zero=how.zero
+        )
 
     def _flat(self, x: Tensor) -> Tensor:
         return x.reshape(-1).to(self._dtype)
 
 
-def _spectrum(
-    ends: _Ends, definition: str, samples: int, limit: int, steps: int, starts: int, zero: float
-) -> Spectrum | None:
+def _spectrum(ends: _Ends, definition: str, how: _How) -> Spectrum | None:
     start, end = ends.start, ends.end
     if 0 in (start.numel(), end.numel()):
         return None
+    # the same at each moment of a training, so that what changes is the network
+    generator = torch.Generator().manual_seed(0)
     if definition == "batch":
-        return _Block(ends).spectrum(limit, steps, starts, zero)
+        return _Block(ends).spectrum(how, generator)
     if 0 in (start.dim(), end.dim()) or len(start) != len(end):
         return None
-    count = min(samples, len(start))
+    count = min(how.samples, len(start))
     total = definition == "sum"
     blocks = [_Block(ends, sample, total) for sample in range(count)]
-    small = blocks[0].rows * blocks[0].columns <= limit**2
+    small = blocks[0].rows * blocks[0].columns <= how.limit**2
     if small and (total or _apart(ends, count)):
-        return exact(_summed(ends, count), zero)
-    return pooled([block.spectrum(limit, steps, starts, zero) for block in blocks])
+        return exact(_summed(ends, count), how.zero)
+    return pooled([block.spectrum(how, generator) for block in blocks])
 
 
 def _summed(ends: _Ends, samples: int) -> Tensor:
     """The gradients of the batch's sum, (samples, out, in): one pass serves all samples."""
-    unit = torch.zeros_like(ends.end)
+    unit = ends.end.new_zeros(ends.end.shape)  # contiguous, whatever the layout of the end
     outputs = unit.view(len(unit), -1)
     rows = []
     for i in range(outputs.shape[1]):
@@ -265,15 +291,14 @@ def _summed(ends: _Ends, samples: int) -> Tensor:
 
 
 def _apart(ends: _Ends, samples: int) -> bool:
-    """Whether the outputs of the first samples depend on no other sample's input."""
+    """Whether nobody else's output depends on the input of any of the first samples."""
+    # with random factors no dependence cancels
     generator = torch.Generator().manual_seed(0)
+    others = torch.randn(ends.end.shape, generator=generator).to(ends.end)
     for sample in range(samples):
-        cotangent = torch.zeros_like(ends.end)
-        # with random factors no dependence cancels
-        cotangent[sample] = torch.randn(ends.end.shape[1:], generator=generator).to(ends.end)
-        others = ends.vjp(cotangent).clone()
-        others[sample] = 0
-        if bool(others.any()):
+        cotangent = others.clone()
+        cotangent[sample] = 0
+        if bool(ends.vjp(cotangent)[sample].any()):
             return False
     return True
 
@@ -292,7 +317,7 @@ def _ends(step: Step, training: bool, whole: bool) -> Iterator[dict[str, _Ends]]
         def hook(_: nn.Module, args: Any, kwargs: Any) -> Any:
             place = next((i for i, x in enumerate(args) if isinstance(x, Tensor)), None)
             key = next((k for k, x in kwargs.items() if isinstance(x, Tensor)), None)
-            if _torch.in_backward() or place is key is None:
+            if _torch.in_backward() or (place is None and key is None):
                 return None
             x = kwargs[key] if place is None else args[place]
             if not x.is_floating_point():
@@ -345,37 +370,11 @@ def _first_dependent(starts: dict[str, Tensor], ends: list[Tensor]) -> dict[str,
     return {name: found[name] for name in starts if name in found}
 
 
-def _check(
-    model: nn.Module,
-    definitions: Sequence[str],
-    layers: Sequence[str] | None,
-    samples: int,
-    limit: int,
-    steps: int,
-    starts: int,
-    points: int | None,
-    zero: float,
-) -> None:
-    for kind, given, known in (
-        ("definitions", definitions, DEFINITIONS),
-        ("layers", layers or (), ("", *_weight_layers(model))),
-    ):
-        unknown = [name for name in given if name not in known]
-        if isinstance(given, str) or unknown:
+def _check_names(model: nn.Module, definitions: Sequence[str], layers: Sequence[str]) -> None:
+    known = {"definitions": DEFINITIONS, "layers": ("", *_weight_layers(model))}
+    for kind, given in (("definitions", definitions), ("layers", layers)):
+        if isinstance(given, str) or any(name not in known[kind] for name in given):
             raise ValueError(
-                f"jacobian: {kind} must be a list of some of {list(known)!r:.300}, got {given!r}."
+                f"jacobian: {kind} must be a list of some of {list(known[kind])!r:.300}, got "
+                f"{given!r}."
             )
-    for name, value, least in (
-        ("samples", samples, 1),
-        ("limit", limit, 0),
-        ("steps", steps, 2),
-        ("starts", starts, 1),
-        ("points", 2 if points is None else points, 2),
-    ):
-        if value < least:
-            raise ValueError(f"jacobian: {name} must be at least {least}, got {value!r}.")
-    if not 0 <= zero < 1:
-        raise ValueError(
-            f"jacobian: zero must be a share of the largest singular value, got {zero!r}. "
-            "Usual is 1e-6."
-        )
