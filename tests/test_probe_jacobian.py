@@ -410,6 +410,43 @@ def test_a_shortcut_around_a_layer_is_held_fixed():
     close(found["batch_singular_values"], whole)
 
 
+@pytest.mark.parametrize("norm", NORMS)
+def test_a_layer_with_few_inputs_is_exact_by_columns(norm):
+    torch.manual_seed(0)
+    layers = [nn.Linear(2, 40), networks.norm_of(norm, 1, 40), nn.Tanh(), nn.Linear(40, 2)]
+    model = nn.Sequential(*layers).double()
+    x, y = torch.randn(6, 2).double(), torch.arange(6) % 2
+    step = gb.Step(model, nn.CrossEntropyLoss(), (x, y))
+    rows = gb.measure(step, functools.partial(jacobian.measure, steps=2))
+    columns = gb.measure(step, functools.partial(jacobian.measure, steps=12, limit=0))
+    assert "0/own_rms_error" not in columns
+    for key in ("0/sum", "0/own", "0/batch", "0/eval"):
+        close(columns[f"{key}_singular_values"], rows[f"{key}_singular_values"])
+
+
+def test_writing_to_an_input_afterwards_changes_nothing_before():
+    class Net(nn.Module):
+        def __init__(self, write: bool) -> None:
+            super().__init__()
+            self.write = write
+            torch.manual_seed(0)
+            self.a, self.b, self.c = (nn.Linear(3, 3).double() for _ in range(3))
+
+        def forward(self, x: Tensor) -> Tensor:
+            h = self.a(x)
+            g = self.b(h)
+            return self.c((h.mul_(3) if self.write else h * 3) + g)
+
+    x = torch.randn(4, 3, dtype=torch.float64)
+    found = [
+        gb.measure(gb.Step(Net(write).requires_grad_(False), nn.MSELoss(), (x, x)), "jacobian")
+        for write in (False, True)
+    ]
+    assert set(found[0]) == set(found[1])
+    for key, value in found[0].items():
+        close(found[1][key], value)
+
+
 def test_a_dead_layer_has_zeros_only_and_a_diverged_one_is_not_a_number():
     model = networks.mlp(norm="none")
     with torch.no_grad():

@@ -151,9 +151,8 @@ def _walk(
         scales: by parameter, the unit in which its moves are measured, and the inverse of that of
             its gradients.
         prefix: of the names of the quantities.
-        layers: parameter to name of those whose own part is wanted.
+        layers: parameter to name of those whose own part is wanted; they move by 1 at distance 1.
     """
-    lengths = {name: norm(move) / scales[name] for name, move in direction.items()}
     losses: list[Tensor] = []
     changes: list[dict[str, Tensor]] = []
     for distance in distances:
@@ -165,7 +164,7 @@ def _walk(
         )
     rows = torch.tensor(distances, dtype=torch.float64, device=losses[0].device)
     loss, change = torch.stack(losses), torch.stack([_root(c.values()) for c in changes])
-    length = _root(lengths.values())
+    length = _root(norm(move) / scales[name] for name, move in direction.items())
     result = {
         "loss_lowest": loss.min(),
         "loss_highest": loss.max(),
@@ -181,7 +180,7 @@ def _walk(
     for name, layer in (layers or {}).items():
         own = torch.stack([c[name] for c in changes])
         result[f"{layer}/{prefix}gradient_change"] = own.max()
-        result[f"{layer}/{prefix}beta"] = (own / (rows * lengths[name])).max()
+        result[f"{layer}/{prefix}beta"] = (own / rows).max()
     return result
 
 
