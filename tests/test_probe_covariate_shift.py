@@ -10,7 +10,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from scipy import stats
+from scipy import integrate, stats
 from torch import nn
 from torch.nn import functional as F
 
@@ -250,7 +250,7 @@ def test_a_fixed_batch_shows_shift_alone():
 
 
 def test_sampling_shows_in_the_first_layer_with_its_known_size():
-    # W₁ between two samples of n from N(0, 1) has mean 1.6926/√n·(1 + small): ∫ E|B| / φ over u
+    # √n W₁ of two Gaussian samples tends to ∫ |B(Φ(x))| √2 dx, B a Brownian bridge
     n, model = 4096, nn.Sequential(nn.Linear(256, 1)).double()
     memory: dict = {}
     for seed in (1, 2):
@@ -258,10 +258,10 @@ def test_sampling_shows_in_the_first_layer_with_its_known_size():
         step = gb.Step(model, F.mse_loss, (x, torch.zeros(n, 1).double()))
         probe = functools.partial(distribution, values=None, units=None, over="mean")
         found = gb.measure(step, probe, memory)
-    generator = np.random.default_rng(0)
-    draws = generator.standard_normal((2, 200, n))
-    expected = np.mean([stats.wasserstein_distance(a, b) for a, b in zip(*draws, strict=True)])
-    assert found["0/shift"].item() == pytest.approx(expected, rel=0.1)
+    area, _ = integrate.quad(lambda x: math.sqrt(stats.norm.cdf(x) * stats.norm.sf(x)), -9, 9)
+    expected = 2 / math.sqrt(math.pi * n) * area
+    assert expected * math.sqrt(n) == pytest.approx(1.822, abs=1e-3)
+    assert found["0/shift"].item() == pytest.approx(expected, rel=0.05)
     assert found["0/drift"].item() == found["0/shift"].item() == found["0/path"].item()
 
 
@@ -316,6 +316,21 @@ def test_a_unit_that_wakes_up_counts_as_infinite_and_one_that_stays_dead_does_no
     found = gb.measure(step(), functools.partial(distribution, over="mean"), memory)
     assert found["2/shift"].item() == math.inf
     assert "2/gradient_shift" not in found
+
+
+def test_a_unit_that_died_is_left_out_of_the_shift_but_not_of_drift_and_path():
+    model, memory = nn.Sequential(nn.Linear(1, 1), nn.ReLU(), nn.Linear(1, 1)).double(), {}
+    x = torch.linspace(0, 1, 5).double()[:, None]
+    with torch.no_grad():
+        model[0].weight.fill_(2.0)
+    for bias in (0.0, -9.0, -9.0):
+        with torch.no_grad():
+            model[0].bias.fill_(bias)
+        found = gb.measure(gb.Step(model, F.mse_loss, (x, x)), distribution, memory)
+    # from 2x, of mean 1 and deviation 2·√0.125, to zeros
+    assert found["2/shift"].item() == found["2/shape"].item() == 0
+    for key in ("drift", "path"):
+        assert found[f"2/{key}"].item() == pytest.approx(1 / math.sqrt(0.5), rel=1e-12)
 
 
 def test_nothing_is_remembered_of_a_measurement_that_failed():

