@@ -33,8 +33,9 @@ same value, are left out; one that was constant and is no longer counts as infin
 left the value is 0.
 
 **The same batch.** Two batches of one distribution differ, too: by W₁/σ of 1.8/√n for n
-independent Gaussian values. On the training batches shift and path hold that sampling; the first layer,
-whose input no training moves, shows how much it is there. Shift alone is measured on a fixed batch:
+independent Gaussian values. On the training batches shift and path hold that sampling; the first
+layer, whose input no training moves, shows how much it is there. Shift alone is measured on a fixed
+batch:
 
     from gammabeta.probes import covariate_shift
     probe = functools.partial(covariate_shift.measure, batch=(x, y))
