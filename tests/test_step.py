@@ -1,7 +1,9 @@
 """A Step gives the numbers of a real training step, and leaves no trace, whatever happens."""
 
 import copy
+import gc
 import random
+import weakref
 
 import numpy as np
 import pytest
@@ -82,6 +84,20 @@ def test_activations_are_what_the_layers_took_and_gave(network, norm):
         torch.testing.assert_close(got.output, layer(got.input), rtol=1e-12, atol=1e-12)
         assert torch.equal(got.activated, acts[site.activation](got.output))
         assert not any(t.requires_grad for t in got)
+
+
+def test_an_activation_that_is_written_to_later_is_kept_as_it_was():
+    class Added(nn.Module):
+        def forward(self, x):
+            h = F.silu(x)
+            h += 1
+            h.mul_(2)
+            return h
+
+    model = networks.mlp()
+    model[2] = Added()
+    got = step_for(model).activations["1"]
+    assert torch.equal(got.activated, F.silu(got.output))
 
 
 @pytest.mark.parametrize("norm", NORMS)
@@ -513,8 +529,18 @@ def test_generators_and_random_numbers_of_python_and_numpy_start_the_same_in_eac
     assert torch.equal(own, model[-1].generator.get_state())
 
 
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+def test_random_numbers_of_a_device_start_the_same_in_each_run():
+    model = networks.functional_net("nn").float().cuda()
+    x, y = batch_for(model)
+    step = gb.Step(model, nn.CrossEntropyLoss(), (x.float().cuda(), y.cuda()))
+    before = torch.cuda.get_rng_state()
+    assert step.loss == step.run().loss == step.gradient()[0]
+    assert torch.equal(before, torch.cuda.get_rng_state())
+
+
 def test_a_step_is_of_the_state_at_the_first_question():
-    model = networks.mlp()
+    model = networks.functional_net()
     step = step_for(model)
     loss = step.loss
     with torch.no_grad():
@@ -622,18 +648,14 @@ def test_activation_checkpoints_are_recomputed_with_the_same_tensors(norm):
     moved = {n: 2 * p for n, p in expected.parameters.items()}
     got = step.gradient({f"0.inner.{n}": p for n, p in moved.items()})
     assert same([*got[1].values()], [*expected.gradient(moved)[1].values()])
-    cotangent = torch.randn(8, 3, dtype=torch.float64)
+    cotangent = torch.linspace(-1, 1, 24, dtype=torch.float64).view(8, 3)
     back = step.vjp(cotangent, wrt="0.inner.1")
     torch.testing.assert_close(back, expected.vjp(cotangent, wrt="1"))
     everything(step)
-    plain.requires_grad_(False)
-    assert torch.equal(step_for(model).activations["0.inner.1"].gradient, back_of(step))
-    plain.requires_grad_(True)
-    assert same(state_of(model)["values"][0][4], before["values"][0][4])
-
-
-def back_of(step):
-    return step.activations["0.inner.1"].gradient
+    assert same(state_of(model), before)
+    model.requires_grad_(False)
+    frozen = step_for(model).activations["0.inner.1"].gradient
+    assert torch.equal(frozen, step.activations["0.inner.1"].gradient)
 
 
 def test_reentrant_checkpoints_meet_the_limit_of_pytorch_and_leave_nothing():
@@ -749,6 +771,27 @@ def test_what_is_no_model_no_loss_or_no_batch_is_said():
 def scripted():
     with pytest.warns(DeprecationWarning, match="trace"):
         return torch.jit.trace(nn.Linear(1, 1), torch.ones(1, 1))
+
+
+def test_a_loss_that_no_parameter_enters_is_refused():
+    model = networks.mlp()
+    step = gb.Step(model, lambda output, y: output.detach().sum(), batch_for(model))
+    for ask in (lambda: step.gradients, step.gradient):
+        with pytest.raises(RuntimeError, match=r"a trainable parameter, got .* Look for .detach"):
+            ask()
+    assert step.run().loss.isfinite()
+
+
+def test_a_step_is_freed_when_nobody_holds_it():
+    step = step_for(networks.resnet_like())
+    everything(step)
+    held = weakref.ref(step.activations["bn1"].activated)
+    gc.disable()
+    try:
+        del step
+        assert held() is None
+    finally:
+        gc.enable()
 
 
 def test_lazy_layers_are_refused_until_they_have_seen_a_batch():

@@ -6,7 +6,8 @@ between, so that functional code shows as much as modules do.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+import weakref
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -14,7 +15,6 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.utils import parametrize
 from torch.overrides import TorchFunctionMode
-from torch.utils.weak import WeakIdKeyDictionary
 
 from gammabeta._guard import Held, copied, unwrap
 from gammabeta.ops import _torch
@@ -115,6 +115,14 @@ class _Node:
             node.users.append(self)
 
 
+class Flow(NamedTuple):
+    """What a :class:`Trace` has seen."""
+
+    sites: tuple[Site, ...]  # in order of their first call
+    weights: tuple[str, ...]  # the weight layers in order of their first use
+    activated: dict[str, Tensor]  # by site, what the activation gave that follows it
+
+
 class Trace(TorchFunctionMode):
     """Records the flow between the layers of ``model`` while it runs inside ``with``.
 
@@ -129,11 +137,11 @@ class Trace(TorchFunctionMode):
     def __init__(self, model: nn.Module, keep: bool = False) -> None:
         super().__init__()
         self._keep = keep
-        self._nodes: Any = WeakIdKeyDictionary()
+        self._nodes: dict[int, tuple[weakref.ref[Tensor], _Node]] = {}  # by id, while it lives
         self._inside = 0
         self._paused = False
-        self._frames: list[tuple[str, list[_Node]]] = []
-        self._made = 0
+        self._frames: list[list[_Node]] = []
+        self._every: list[_Node] = []
         self._modules: dict[str, nn.Module] = {}
         self._first: dict[str, _Node] = {}
         self._calls: dict[str, int] = {}
@@ -146,7 +154,8 @@ class Trace(TorchFunctionMode):
             if kind == "norm" or is_weight_layer(module):
                 self._modules[name] = module
                 self._watch(name, kind, module)
-            elif not module._modules:
+            elif not module._modules and not type(module).__module__.startswith("torch.nn."):
+                # its code may call what no mode sees; PyTorch's does not
                 self._watch(name, "other", module)
             if _has_weight(module):
                 self._owner[id(module._parameters.get("weight"))] = name
@@ -157,7 +166,7 @@ class Trace(TorchFunctionMode):
         def before(_: nn.Module, args: Any, kwargs: Any) -> None:
             if _torch.in_backward():
                 return
-            self._frames.append((name, self._inputs(args, kwargs)))
+            self._frames.append(self._known(_tensors(args, kwargs)))
             if layer:
                 if not self._inside:
                     # a layer may compute otherwise under a mode than in training
@@ -166,19 +175,19 @@ class Trace(TorchFunctionMode):
 
         def after(_: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
             # after an exception, also one that came before the hook above
-            if _torch.in_backward() or not self._frames or self._frames[-1][0] != name:
+            if _torch.in_backward() or not self._frames:
                 return
-            inputs = self._frames.pop()[1]
+            inputs = self._frames.pop()
             if layer:
                 self._inside -= 1
                 if not self._inside:
                     self._resume()
             if self._inside:
                 return
-            results = list(_tensors(output))
+            results = _tensors(output)
             if layer:
                 self._layer(kind, name, inputs, results)
-            elif inputs and any(t not in self._nodes for t in results):
+            elif inputs and len(self._known(results)) < len(results):
                 self._made_by("opaque", type(module).__name__, inputs, results)
 
         module.register_forward_pre_hook(before, with_kwargs=True)
@@ -212,11 +221,11 @@ class Trace(TorchFunctionMode):
         result = func(*args, **kwargs)
         if _torch.in_backward():
             return result
-        results = list(_tensors(result))
+        results = _tensors(result)
         if not results:
             return result
-        given = list(_tensors((args, kwargs)))
-        inputs = self._inputs(args, kwargs)
+        given = _tensors(args, kwargs)
+        inputs = self._known(given)
         owners = {self._owner[id(t)]: None for t in given if id(t) in self._owner}
         name = str(getattr(func, "__name__", func))
         if not name.endswith("__"):
@@ -230,9 +239,14 @@ class Trace(TorchFunctionMode):
             )
         return result
 
-    def _inputs(self, args: Any, kwargs: Any) -> list[_Node]:
-        nodes = (self._nodes.get(t) for t in _tensors((args, kwargs)))
-        return [node for node in nodes if node is not None]
+    def _known(self, tensors: list[Tensor]) -> list[_Node]:
+        """What made each of ``tensors``, of those that a layer had a part in."""
+        found = []
+        for tensor in tensors:
+            made = self._nodes.get(id(tensor))
+            if made is not None and made[0]() is tensor:
+                found.append(made[1])
+        return found
 
     def _layer(self, kind: str, name: str, inputs: list[_Node], results: list[Tensor]) -> None:
         node = self._made_by(kind, name, inputs, results)
@@ -243,47 +257,33 @@ class Trace(TorchFunctionMode):
             self._calls[name] = self._calls.get(name, 0) + 1
 
     def _made_by(self, kind: str, name: str, inputs: list[_Node], results: list[Tensor]) -> _Node:
-        self._made += 1
-        node = _Node(kind, name, inputs, self._made)
+        node = _Node(kind, name, inputs, len(self._every))
+        self._every.append(node)
         for result in results:
-            self._nodes[result] = node
+            self._nodes[id(result)] = weakref.ref(result), node
         if kind == "act" and self._keep and any(n.kind in ("norm", "pass") for n in inputs):
             node.result = results[0]
             self._results[id(results[0])] = node
         return node
 
-    def end(self, result: Any) -> None:
-        """Say what the run was for; side branches that do not lead there are passed over."""
-        ahead = self._inputs((result,), {})
+    def end(self, result: Any) -> Flow:
+        """What was seen in a run for ``result``; side branches are no uses of what they look at."""
+        ahead = self._known(_tensors(result))
         while ahead:
             node = ahead.pop()
             if node not in self._live:
                 self._live.add(node)
                 ahead += node.inputs
-
-    # -- what was seen ------------------------------------------------------------------
-
-    def sites(self) -> tuple[Site, ...]:
-        """The normalization layers in order of their first call."""
-        return tuple(
-            Site(
-                name,
-                self._modules[name],
-                _producer(node),
-                self._activation(name)[0],
-                _consumers(node),
-                self._calls[name],
-            )
-            for name, node in self._first.items()
-        )
-
-    def weights(self) -> tuple[str, ...]:
-        """The weight layers in order of their first use."""
-        return tuple(self._weights)
-
-    def activated(self, name: str) -> Tensor | None:
-        """The output of the activation that follows the first call of a site, if one does."""
-        return self._activation(name)[1]
+        found, activated = [], {}
+        for name, node in self._first.items():
+            activation, value = self._activation(name)
+            module, calls = self._modules[name], self._calls[name]
+            found.append(Site(name, module, _producer(node), activation, _consumers(node), calls))
+            if value is not None:
+                activated[name] = value
+        for node in self._every:  # cycles would keep the tensors until they are collected
+            node.users.clear()
+        return Flow(tuple(found), tuple(self._weights), activated)
 
     def _activation(self, name: str) -> tuple[str | None, Tensor | None]:
         fused = getattr(self._modules[name], "act", None)
@@ -301,14 +301,17 @@ class Trace(TorchFunctionMode):
                 return None, None
 
 
-def _tensors(value: Any, depth: int = 0) -> Iterator[Tensor]:
-    if isinstance(value, Tensor):
-        yield value
-    elif isinstance(value, tuple | list) and depth < 4:
-        for part in value:
-            yield from _tensors(part, depth + 1)
-    elif isinstance(value, dict) and depth < 4:
-        yield from _tensors(list(value.values()), depth)
+def _tensors(*values: Any) -> list[Tensor]:
+    """The tensors in ``values``, and in their tuples, lists and dicts, in order."""
+    found: list[Tensor] = []
+    for value in values:
+        if isinstance(value, Tensor):
+            found.append(value)
+        elif isinstance(value, (tuple, list)) and value:
+            found += _tensors(*value)
+        elif isinstance(value, dict) and value:
+            found += _tensors(*value.values())
+    return found
 
 
 def _kind_of(name: str, inputs: int) -> str:
@@ -405,5 +408,4 @@ def sites(
         trace = Trace(held.model)
         with trace:
             result = run(held.model, copied(batch), forward)
-        trace.end(result)
-    return trace.sites()
+        return trace.end(result).sites

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from gammabeta._guard import Held, copied, unwrap
-from gammabeta._sites import Site, Trace, is_normalization, is_weight_layer
+from gammabeta._sites import Flow, Site, Trace, is_normalization, is_weight_layer
 from gammabeta.ops import _torch
 
 
@@ -52,9 +52,8 @@ class _Measured(NamedTuple):
     loss: Tensor
     gradients: dict[str, Tensor]
     unused: frozenset[str]
-    sites: tuple[Site, ...]
     activations: dict[str, Activation]
-    order: tuple[str, ...]
+    flow: Flow
 
 
 class _Map(NamedTuple):
@@ -151,7 +150,7 @@ class Step:
     @property
     def sites(self) -> tuple[Site, ...]:
         """The normalization layers in order of the forward, see :func:`gammabeta.sites`."""
-        return self._measured.sites
+        return self._measured.flow.sites
 
     @property
     def activations(self) -> dict[str, Activation]:
@@ -164,7 +163,7 @@ class Step:
 
         Of the trainable ones: a frozen layer has none.
         """
-        order = self._measured.order
+        order = self._measured.flow.weights
         inside = {name: tuple(o + "." for o in order if o.startswith(f"{name}.")) for name in order}
         return {
             name: tuple(n for n in self._owned(name) if not n.startswith(inside[name]))
@@ -327,7 +326,7 @@ class Step:
             trace = Trace(self.model, keep=True)
             with trace:
                 loss, _ = self._call()
-            trace.end(loss)
+            flow = trace.end(loss)
             inputs, outputs = seen.found()
             wanted = [*leaves.values(), *outputs.values()]
             grads = self._differentiated(loss, wanted)
@@ -336,18 +335,15 @@ class Step:
             gradients[name] = torch.zeros_like(leaf) if grad is None else grad
             if grad is None:
                 unused.add(name)
-        sites = trace.sites()
         activations = {}
         for (name, output), grad in zip(outputs.items(), grads[len(leaves) :], strict=True):
-            after = trace.activated(name)
+            after = flow.activated.get(name)
             if after is None or after.shape != output.shape:
                 after = output
             gradient = torch.zeros_like(output) if grad is None else grad
             found = (inputs[name], output, after, gradient)
             activations[name] = Activation(*(t.detach() for t in found))
-        return _Measured(
-            loss.detach(), gradients, frozenset(unused), sites, activations, trace.weights()
-        )
+        return _Measured(loss.detach(), gradients, frozenset(unused), activations, flow)
 
     def _call(self) -> tuple[Tensor, Any]:
         """Loss and output of the model as it is now: inside ``self._held.running``."""
@@ -376,7 +372,10 @@ class Step:
         if not wanted:
             return []
         if not loss.requires_grad:
-            return [None] * len(wanted)
+            raise RuntimeError(
+                "gammabeta.Step: the loss must depend on a trainable parameter, got one without a "
+                "gradient. Look for .detach(), .item() or no_grad between model and loss."
+            )
         return list(torch.autograd.grad(loss, wanted, allow_unused=True))
 
     def _leaves(self, parameters: Mapping[str, Tensor] | None) -> dict[str, Tensor]:
