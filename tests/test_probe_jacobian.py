@@ -266,6 +266,21 @@ def test_an_unsettled_null_space_shows_as_a_large_error():
     assert few["zeros_error"] > 0.4
 
 
+@pytest.mark.parametrize("norm", NORMS)
+def test_dead_units_need_no_steps_to_be_found(norm):
+    model = networks.mlp(width=20, norm=norm)
+    step = networks.step_for(model, 16)
+    probe = functools.partial(jacobian.measure, definitions=["batch"], layers=["3"])
+    exact = gb.measure(step, probe)
+    found = gb.measure(step, functools.partial(probe, limit=0, steps=16))
+    assert 0.4 < exact["3/batch_zeros"] < 0.7
+    for quantity in ("zeros", "in_range", "mean_abs_log", "spread"):
+        key = f"3/batch_{quantity}"
+        assert abs(found[key] - exact[key]) <= found[f"{key}_error"]
+    assert found["3/batch_zeros_error"] < 0.3
+    assert found["3/batch_singular_values"][-1] == 0
+
+
 def test_bidiagonalization_reproduces_the_matrix():
     a = spectra(40)["tall"]
     start = torch.ones(40, dtype=torch.float64)

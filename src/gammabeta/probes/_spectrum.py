@@ -60,6 +60,18 @@ class Spectrum(NamedTuple):
     starts: int
     zero: float
 
+    def of_size(self, size: int) -> Spectrum:
+        """The same with zeros, up to ``size`` singular values of each matrix."""
+        share = self.size / size
+        if share == 1:
+            return self
+        rules = []
+        for values, weights in self.rules:
+            weights = torch.cat([weights * share, weights.new_tensor([1 - share])])
+            rules.append(Rule(torch.cat([values, values.new_zeros(1)]), weights))
+        # sampling errors that follow from the larger size are too large, if anything
+        return self._replace(rules=tuple(rules), size=size)
+
     def summary(self) -> dict[str, Tensor]:
         """Shares and moments, each (), float64; of an estimate ``<name>_error`` beside each."""
         found = [_quantities(rule, self.zero, self.size) for rule in self.rules]
@@ -129,6 +141,9 @@ def estimated(
         starts: how many random vectors.
     """
     found = []
+    if len(like) == 0:
+        nothing = Rule(torch.zeros(1).double(), torch.ones(1).double())
+        return Spectrum((nothing,) * (_RULES + 1), 0, starts, zero)
     for _ in range(starts):
         start = torch.randn(len(like), dtype=torch.float64, generator=generator).to(like)
         rules = _rules(*bidiagonal(apply, transpose, start, steps), zero)

@@ -43,7 +43,8 @@ signals alive in all directions. At initialization, batch normalization with ReL
 above 1 and raises it with every layer.
 
 Computed row by row, all of it, if a matrix has at most ``limit``² entries, or no more rows or
-columns than ``steps``; else estimated by Lanczos, see :mod:`._spectrum`. A layer whose weight is
+columns than ``steps``; else estimated by Lanczos, see :mod:`._spectrum`, without the rows and
+columns that are all zeros. A layer whose weight is
 used without calling its module, that is called under ``no_grad`` or whose input is not a floating
 tensor has none; of one that is called more than once, the first call counts. ``sum``, ``own`` and
 ``eval`` need samples along axis 0 on both sides and are absent where their number changes.
@@ -247,13 +248,27 @@ class _Block:
             product, count = (self.forward, self.columns) if many else (self.back, self.rows)
             units = torch.eye(count, dtype=self._dtype, device=device)
             return exact(torch.stack([product(unit) for unit in units]), how.zero)
-        wide = self.rows < self.columns
-        apply, transpose = (self.back, self.forward) if wide else (self.forward, self.back)
-        size = self.rows if wide else self.columns
-        like = torch.empty(size, dtype=self._dtype, device=device)
-        return estimated(
+        # Rows and columns of zeros, as dead units make them, need no estimate, and without them a
+        # null space is found sooner: a random vector gives zeros there and nowhere else.
+        rows = self.forward(self._random(self.columns, generator)).nonzero().flatten()
+        columns = self.back(self._random(self.rows, generator)).nonzero().flatten()
+
+        def forward(v: Tensor) -> Tensor:
+            return self.forward(v.new_zeros(self.columns).index_copy(0, columns, v))[rows]
+
+        def back(u: Tensor) -> Tensor:
+            return self.back(u.new_zeros(self.rows).index_copy(0, rows, u))[columns]
+
+        wide = len(rows) < len(columns)
+        apply, transpose = (back, forward) if wide else (forward, back)
+        like = torch.empty(min(len(rows), len(columns)), dtype=self._dtype, device=device)
+        found = estimated(
             *(apply, transpose, like, generator), steps=how.steps, starts=how.starts, zero=how.zero
         )
+        return found.of_size(min(self.rows, self.columns))
+
+    def _random(self, size: int, generator: torch.Generator) -> Tensor:
+        return torch.randn(size, generator=generator).to(self._ends.end.device, self._dtype)
 
     def _flat(self, x: Tensor) -> Tensor:
         return x.reshape(-1).to(self._dtype)
