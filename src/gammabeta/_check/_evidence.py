@@ -221,7 +221,8 @@ class Evidence:
         found = {}
         for name, (count, mean, _, var) in with_it[0].merge(with_it[1]).items():
             if name in without:
-                found[name] = mean / count, var / count, without[name][3]
+                calls, _, _, plain = without[name]
+                found[name] = mean / count, var / count, plain / calls
         return found
 
     @property

@@ -73,10 +73,13 @@ def counted_twice(evidence: Evidence) -> Found | None:
     effect = f"one step updates them {max(counts.values())} times ({cause})"
     if evidence._batch is not None:
         once = evidence.trained.once
-        ratios = {n: moved[n] / once[n] for n in counts if once.get(n) and n in moved}
-        if ratios:
-            place, ratio = worst(ratios)
-            effect += f" and moves the running mean of {place} {ratio:.2g} times as far as one does"
+        both = {n: (moved[n], once[n]) for n in counts if once.get(n) and moved.get(n)}
+        if both:
+            place = max(both, key=lambda n: abs(math.log(both[n][0] / both[n][1])))
+            effect += (
+                f"; the running mean of {place or 'the model'} moves by {both[place][0]:.2g} "
+                f"standard deviations, where one pass moves it by {both[place][1]:.2g}"
+            )
     return Found({name: float(n) for name, n in counts.items()}, effect, cure)
 
 
@@ -174,7 +177,8 @@ def outside_training(evidence: Evidence) -> Found | None:
     Values: by how many standard deviations a running mean moved.
 
     **Cure.** `model.eval()` before every pass that is not training, or `gb.no_update` around it
-    where batch statistics are wanted.
+    where batch statistics are wanted. Where a class has a `train()` of its own that keeps layers in
+    training mode, the line printed takes it away.
 
     ```python
     def validate(model, x):
@@ -206,10 +210,21 @@ def outside_training(evidence: Evidence) -> Found | None:
         f"({place}): model.eval() does not reach the layer"
     )
     names = list(moved)
-    cure = f"{path(names[0])}.eval()"
-    if len(names) > 1:
-        cure = f"for name in {names!r}: model.get_submodule(name).eval()"
-    return Found(moved, effect, f"{cure}  # after each model.eval()")
+    own = _overriding(evidence.model, names[0])
+    cure = f"for name in {names!r}: model.get_submodule(name).eval()  # after each model.eval()"
+    if own is not None:
+        cure = f"type({path(own)}).train = torch.nn.Module.train"
+    return Found(moved, effect, cure)
+
+
+def _overriding(model: nn.Module, name: str) -> str | None:
+    """The innermost module around a layer, or the layer, whose class has a train() of its own."""
+    while True:
+        if type(model.get_submodule(name)).train is not nn.Module.train:
+            return name
+        if not name:
+            return None
+        name = name.rpartition(".")[0]
 
 
 def several_sites(evidence: Evidence) -> Found | None:

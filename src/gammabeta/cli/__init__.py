@@ -17,6 +17,7 @@ from typing import Annotated
 from cyclopts import App, CycloptsError, Parameter, UnusedCliTokensError
 
 from gammabeta import __version__
+from gammabeta.cli._check import check as find_misuse
 from gammabeta.cli._parts import (
     FAILED,
     FINE,
@@ -55,6 +56,15 @@ data = App(
     help_epilogue=examples("data path", "data fetch", "data verify"),
 )
 app.command(study)
+app.command(
+    find_misuse,
+    name="check",
+    help_epilogue=examples(
+        "check train:build             # what build() in train.py returns",
+        "check train:build --ignore BN009 --json",
+        "check --explain BN004",
+    ),
+)
 app.command(data)
 app.register_install_completion_command(
     help="Complete words of this command by TAB in your shell.",

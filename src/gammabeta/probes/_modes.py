@@ -183,7 +183,7 @@ class Modes:
             result = self.forward(self.model, copied(batch))
         for number, y in enumerate(tensors(result)):
             if y.is_floating_point():
-                found[OUTPUT, number] = y
+                found[OUTPUT, number] = y.detach()
         return found
 
 

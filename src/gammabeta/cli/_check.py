@@ -1,0 +1,138 @@
+"""`gammabeta check`: find misuse of batch normalization in a model that a function builds."""
+
+from __future__ import annotations
+
+import sys
+import traceback
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from importlib import import_module
+from typing import Annotated, Any
+
+from cyclopts import Group, Parameter
+
+from gammabeta.cli._parts import FAILED, FINE, Json, Unusable, dump, usable
+
+_WHICH = Group("Which rules", sort_key=1)
+_INSTEAD = Group("Instead of a check", sort_key=2)
+Codes = Annotated[list[str] | None, Parameter(group=_WHICH)]
+# of a tuple that a factory returns, in this order
+_ARGUMENTS = ("model", "batch", "optimizer")
+_OWN = ("check:", "gammabeta.check:")  # how messages begin that speak for themselves
+
+
+def check(
+    target: str | None = None,
+    /,
+    *,
+    json: Json = False,
+    select: Codes = None,
+    ignore: Codes = None,
+    explain: Annotated[str | None, Parameter(group=_INSTEAD)] = None,
+) -> int:
+    """Find misuse of batch normalization: ten rules, the measured effect, the cure.
+
+    Exit codes: 0 nothing found, 1 findings, 2 the command cannot be used.
+
+    Parameters
+    ----------
+    target
+        MODULE:FACTORY, a function without arguments in a module that can be imported from here.
+        It returns the model, a tuple (model, batch, optimizer) or its beginning, or a dict of the
+        arguments of gb.check.
+    select
+        Try these rules only: BN001,BN005.
+    ignore
+        Leave these rules out.
+    explain
+        Say what a rule is about, when it fires, and what cures it: BN004.
+    """
+    with usable():
+        from gammabeta._check import check as find
+        from gammabeta._check._finding import jsonable
+        from gammabeta._check._page import explain as explained
+
+        if explain is not None:
+            if target is not None:
+                raise Unusable("--explain tells of a rule and takes no MODULE:FACTORY.")
+            print(explained(explain))
+            return FINE
+        if target is None:
+            raise Unusable(
+                "A model was expected: gammabeta check MODULE:FACTORY, or --explain BN004."
+            )
+        arguments = _made(target)
+        for name, given in (("select", select), ("ignore", ignore)):
+            if given is not None:
+                arguments[name] = ",".join(given)
+        with _theirs(f"Checking what {target} returned"):
+            found = find(arguments.pop("model"), **arguments)
+    if json:
+        findings = [jsonable(finding) for finding in found]
+        dump({"findings": findings, "tried": list(found.tried), "skipped": found.skipped})
+    else:
+        print(found)
+    return FAILED if found else FINE
+
+
+@contextmanager
+def _theirs(what: str) -> Iterator[None]:
+    """Errors of the user's code: where they come from, and exit code 2."""
+    try:
+        yield
+    except Unusable:
+        raise
+    except Exception as error:
+        spoken = isinstance(error, ValueError | TypeError) and str(error).startswith(_OWN)
+        if not spoken:
+            traceback.print_exc()
+        text = str(error) if spoken else f"{what} raised {type(error).__name__}: {error}"
+        raise Unusable(text) from error
+
+
+def _made(target: str) -> dict[str, Any]:
+    """The arguments of the check that the factory returns."""
+    from torch import nn
+
+    factory = _factory(target)
+    with _theirs(target):
+        made = factory if isinstance(factory, nn.Module) else factory()
+    if isinstance(made, Mapping):
+        arguments = dict(made)
+    elif isinstance(made, tuple):
+        if len(made) > len(_ARGUMENTS):
+            raise Unusable(
+                f"{target} must return (model, batch, optimizer), got {len(made)} parts."
+            )
+        arguments = dict(zip(_ARGUMENTS, made, strict=False))
+    else:
+        arguments = {"model": made}
+    if not isinstance(arguments.get("model"), nn.Module):
+        raise Unusable(
+            f"{target} must return a model, (model, batch, optimizer), or a dict with 'model', got "
+            f"{type(arguments.get('model', made)).__name__}."
+        )
+    return arguments
+
+
+def _factory(target: str) -> Callable[[], Any]:
+    module, colon, path = target.partition(":")
+    if not (module and colon and path):
+        raise Unusable(f"MODULE:FACTORY was expected, such as train:build, got {target!r}.")
+    if "" not in sys.path:
+        sys.path.insert(0, "")  # as `python -m` does
+    with _theirs(f"Importing {module!r}"):
+        try:
+            found: Any = import_module(module)
+        except ModuleNotFoundError as error:
+            if error.name is None or error.name not in (module, module.partition(".")[0]):
+                raise
+            raise Unusable(f"There is no module {error.name!r} to import from here.") from error
+    for name in path.split("."):
+        if not hasattr(found, name):
+            raise Unusable(f"{module!r} has no {path!r}.")
+        found = getattr(found, name)
+    if not callable(found):
+        raise Unusable(f"{target} must be a function, got {type(found).__name__}.")
+    factory: Callable[[], Any] = found
+    return factory

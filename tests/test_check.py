@@ -1,0 +1,712 @@
+"""gb.check: each rule fires on its defect and on nothing else, and its cure cures."""
+
+import copy
+import json
+import math
+import random
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+import gammabeta as gb
+from gammabeta._check import RULES
+from gammabeta._check._page import explain, page
+from gammabeta.cli import main
+from tests.networks import batch_for, densenet_like, mobilenet_like, resnet_like
+
+PAGE = Path(__file__).resolve().parents[1] / "docs" / "check.md"
+HEALTHY = [resnet_like, mobilenet_like, densenet_like]
+NEEDS_BATCH = {"BN001", "BN003", "BN005", "BN006", "BN008", "BN009"}
+
+
+def calibrated(make, norm):
+    model = make(norm=norm)
+    gb.calibrate(model, [batch_for(model, 64, seed) for seed in range(50, 70)])
+    return model
+
+
+@pytest.mark.parametrize("norm", ["nn", "gb"])
+@pytest.mark.parametrize("make", HEALTHY)
+def test_a_healthy_network_has_no_finding_before_training_and_after(make, norm):
+    fresh = make(norm=norm)
+    optimizer = torch.optim.SGD(fresh.parameters(), lr=0.1)
+    found = gb.check(fresh, batch_for(fresh, 64), optimizer, epoch=100)
+    assert found == []
+    assert set(found.skipped) == {"BN005"}
+    done = calibrated(make, norm)
+    for model in (done.train(), done.eval()):
+        for n, seed in ((16, 2), (64, 2), (64, 3), (256, 4)):
+            found = gb.check(model, batch_for(model, n, seed), epoch=100)
+            assert found == [], found
+            assert len(found.tried) == 10
+
+
+@pytest.mark.parametrize("make", HEALTHY)
+def test_a_network_in_the_middle_of_its_training_has_no_finding(make):
+    model = make(norm="gb").train()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.01, momentum=0.9)
+
+    def step(model, batch):
+        optimizer.zero_grad()
+        nn.functional.cross_entropy(model(batch[0]), batch[1]).backward()
+        optimizer.step()
+
+    # after 60 steps 0.002 of the initial variance 1 is left, which is much where it is 0.001
+    for seed in range(150):
+        step(model, batch_for(model, 64, seed))
+    found = gb.check(model, batch_for(model, 128, 99), optimizer, step=step, epoch=100)
+    assert found == [], found
+    assert len(found.tried) == 10
+
+
+# -- one defect each ------------------------------------------------------------------------------
+
+
+class Checkpointed(nn.Module):
+    def __init__(self, inner, reentrant):
+        super().__init__()
+        self.inner, self.reentrant = inner, reentrant
+
+    def forward(self, x):
+        x = x.requires_grad_() if self.reentrant else x
+        return checkpoint(self.inner, x, use_reentrant=self.reentrant)
+
+
+def counted_twice(norm, reentrant=False):
+    return Checkpointed(calibrated(resnet_like, "nn"), reentrant), {}
+
+
+def counted_twice_reentrant(norm):
+    return counted_twice(norm, True)
+
+
+def accumulating(norm):
+    model = calibrated(resnet_like, norm)
+    if norm == "nn":
+        model = gb.convert(model)
+
+    def step(model, batch):
+        for x in batch[0].split(32):
+            model(x).square().mean().backward()
+
+    return model, {"step": step}
+
+
+def looking_elsewhere(norm):
+    model = calibrated(resnet_like, norm)
+
+    def step(model, batch):
+        model(batch[0]).square().mean().backward()
+        with torch.no_grad():
+            model(batch[0] * 3)
+
+    return model, {"step": step}
+
+
+def frozen(norm):
+    model = calibrated(resnet_like, norm)
+    model.layers.requires_grad_(False)
+    return model, {}
+
+
+def left_out_of_the_optimizer(norm):
+    model = calibrated(resnet_like, norm)
+    return model, {"optimizer": torch.optim.SGD(model.fc.parameters(), lr=0.1)}
+
+
+def deaf(norm):
+    model = calibrated(resnet_like, norm)
+    kind = type(model.bn1)
+    model.bn1.__class__ = type("Stubborn", (kind,), {"train": lambda m, _=True: kind.train(m)})
+    return model, {}
+
+
+def validating_in_training(norm):
+    def evaluate(model, batch):
+        with torch.no_grad():
+            return model.train()(batch[0])
+
+    return calibrated(resnet_like, norm).eval(), {"evaluate": evaluate}
+
+
+def poisoned(norm):
+    model = calibrated(resnet_like, norm)
+    model.layers[1].bn1.running_var[2] = math.inf
+    return model, {}
+
+
+def loaded_without_buffers(norm):
+    model = calibrated(resnet_like, norm)
+    model.layers[1].bn1.reset_running_stats()
+    model.layers[1].bn2.num_batches_tracked += 1
+    return model, {}
+
+
+def never_seen(norm):
+    return resnet_like(norm=norm).eval(), {}
+
+
+def stale(norm):
+    model = calibrated(resnet_like, norm)
+    with torch.no_grad():
+        for p in model.parameters():
+            p += 0.5 * p.std() * torch.randn(p.shape, generator=torch.manual_seed(1)).double()
+    return model, {}
+
+
+def few(norm):
+    model = calibrated(resnet_like, norm)
+    return model, {"batch": batch_for(model, 3)}
+
+
+def one(norm):
+    model = nn.Sequential(nn.Linear(4, 6, bias=False), nn.BatchNorm1d(6)).double()
+    gb.calibrate(model, [torch.randn(64, 4).double()])
+    model = gb.convert(model) if norm == "gb" else model
+    return model, {"batch": torch.randn(1, 4).double()}
+
+
+def still_average(norm):
+    model = calibrated(resnet_like, norm)
+    model.bn1.momentum = 0.0
+    return model, {}
+
+
+def decay_for_momentum(norm):
+    model = calibrated(resnet_like, norm)
+    for layer in (model.bn1, model.layers[0].bn1):
+        layer.momentum = 0.99
+    return model, {}
+
+
+def long_average(norm):
+    model = calibrated(resnet_like, norm)
+    for module in model.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            module.momentum = 0.001
+    return model, {"epoch": 100}
+
+
+def dropout_first(norm):
+    model = resnet_like(norm=norm)
+    model.relu = nn.Sequential(nn.ReLU(inplace=True), nn.Dropout(0.5))
+    gb.calibrate(model, [batch_for(model, 64, seed) for seed in range(50, 70)])
+    return model, {}
+
+
+def biased(norm):
+    model = resnet_like(norm=norm)
+    torch.manual_seed(0)
+    model.layers[1].conv2 = nn.Conv2d(6, 6, 3, padding=1).double()
+    gb.calibrate(model, [batch_for(model, 64, seed) for seed in range(50, 70)])
+    return model, {}
+
+
+def twice_used(norm):
+    model = resnet_like(norm=norm)
+    model.layers[0].bn2 = model.layers[0].bn1
+    gb.calibrate(model, [batch_for(model, 64, seed) for seed in range(50, 70)])
+    return model, {}
+
+
+DEFECTS = {
+    counted_twice: "BN001",
+    counted_twice_reentrant: "BN001",
+    accumulating: "BN001",
+    looking_elsewhere: "BN001",
+    frozen: "BN002",
+    left_out_of_the_optimizer: "BN002",
+    deaf: "BN003",
+    validating_in_training: "BN003",
+    poisoned: "BN004",
+    loaded_without_buffers: "BN004",
+    never_seen: "BN004",
+    stale: "BN005",
+    few: "BN006",
+    one: "BN006",
+    still_average: "BN007",
+    decay_for_momentum: "BN007",
+    long_average: "BN007",
+    dropout_first: "BN008",
+    biased: "BN009",
+    twice_used: "BN010",
+}
+PLACES = {
+    frozen: {f"layers.{i}.bn{j}" for i in range(3) for j in (1, 2)}
+    | {"layers.1.downsample.1", "layers.2.downsample.1"},
+    deaf: {"bn1"},
+    poisoned: {"layers.1.bn1"},
+    loaded_without_buffers: {"layers.1.bn1"},
+    one: {"1"},
+    still_average: {"bn1"},
+    decay_for_momentum: {"bn1", "layers.0.bn1"},
+    biased: {"layers.1.conv2"},
+    twice_used: {"layers.0.bn1"},
+}
+# what follows from the defect: where places are mixed, eval mode is another network
+ALSO = {twice_used: {"BN005"}, dropout_first: {"BN005"}}
+
+
+def found_in(defect, norm):
+    model, given = defect(norm)
+    given = {"batch": None, **given}
+    if given["batch"] is None:
+        sample = getattr(model, "inner", model)
+        given["batch"] = batch_for(sample, 64)
+    return model, given, gb.check(model, **given)
+
+
+@pytest.mark.parametrize("norm", ["nn", "gb"])
+@pytest.mark.parametrize("defect", DEFECTS, ids=lambda f: f.__name__)
+def test_a_planted_defect_is_found_where_it_is_and_no_other(defect, norm):
+    _, _, found = found_in(defect, norm)
+    code = DEFECTS[defect]
+    assert code in found.codes, found
+    assert set(found.codes) <= {code} | ALSO.get(defect, set()), found
+    (finding,) = (f for f in found if f.code == code)
+    assert finding.title == RULES[code].title
+    assert set(finding.places) == PLACES.get(defect, set(finding.places))
+    assert set(finding.values) == set(finding.places) != set()
+    assert finding.effect
+
+
+CURES = {  # where the line printed is for the training loop or the data, not for the model
+    accumulating: lambda model, given: {"step": gentle(given["step"], gb.accumulate)},
+    looking_elsewhere: lambda model, given: {"step": looking_away},
+    validating_in_training: lambda model, given: {"evaluate": lambda m, b: m.eval()(b[0])},
+    few: lambda model, given: {"batch": batch_for(model, 3 * 6)},
+    one: lambda model, given: {"batch": torch.randn(16, 4).double()},
+}
+
+
+def gentle(step, around):
+    def within(model, batch):
+        with around(model):
+            step(model, batch)
+
+    return within
+
+
+def looking_away(model, batch):
+    model(batch[0]).square().mean().backward()
+    with gb.no_update(model), torch.no_grad():
+        model(batch[0] * 3)
+
+
+@pytest.mark.parametrize("norm", ["nn", "gb"])
+@pytest.mark.parametrize("defect", DEFECTS, ids=lambda f: f.__name__)
+def test_the_cure_that_is_printed_cures(defect, norm):
+    model, given, found = found_in(defect, norm)
+    code = DEFECTS[defect]
+    (cure,) = (f.cure for f in found if f.code == code)
+    assert "\n" not in cure
+    if defect in CURES:
+        given = {**given, **CURES[defect](model, given)}
+        model = gb.convert(model) if defect is looking_elsewhere else model
+    else:
+        sample = getattr(model, "inner", model)
+        batches = [batch_for(sample, 64, seed) for seed in range(70, 90)]
+        names = {"model": model, "gb": gb, "copy": copy, "torch": torch, "batches": batches}
+        exec(cure, names)
+        model = names["model"]
+    assert code not in gb.check(model, **given).codes
+
+
+@pytest.mark.parametrize("norm", ["nn", "gb"])
+def test_the_bias_that_the_cure_takes_out_changes_no_output(norm):
+    model, given, found = found_in(biased, norm)
+    x = given["batch"][0]
+    before = [model.train(mode)(x) for mode in (False, True)]
+    model, _, _ = found_in(biased, norm)
+    exec(found[0].cure, {"model": model})
+    after = [model.train(mode)(x) for mode in (False, True)]
+    for a, b in zip(before, after, strict=True):
+        torch.testing.assert_close(a, b)
+
+
+# -- the effects are numbers of this model --------------------------------------------------------
+
+
+def test_counted_twice_is_measured_by_counters():
+    _, _, found = found_in(counted_twice, "nn")
+    assert set(found[0].values.values()) == {2.0}
+    _, _, found = found_in(accumulating, "gb")
+    assert set(found[0].values.values()) == {2.0}
+    assert "parts of one batch" in found[0].effect
+    _, _, found = found_in(looking_elsewhere, "gb")
+    assert "several forward passes" in found[0].effect
+
+
+def test_the_shift_of_a_frozen_layer_is_that_of_one_training_batch():
+    model, given, found = found_in(frozen, "nn")
+    names = found[0].places
+    before = {n: copy.deepcopy(model.get_submodule(n)) for n in names}
+    model.train()(given["batch"][0])
+    for name, value in found[0].values.items():
+        old, new = before[name], model.get_submodule(name)
+        shift = (new.running_mean - old.running_mean).abs() / (old.running_var + old.eps).sqrt()
+        assert value == pytest.approx(float(shift.max()), rel=1e-12)
+
+
+def test_the_gap_is_that_of_gb_gap():
+    model, _, _ = found_in(stale, "gb")
+    batches = [batch_for(model, 64, seed) for seed in range(4)]
+    (finding,) = gb.check(model, batches=batches, select="BN005")
+    rows = {row.name: row for row in gb.gap(model, batches)}
+    for name, value in finding.values.items():
+        if name != "(output)":
+            assert value == rows[name].systematic > 0.05
+    assert "stale" in finding.effect
+
+
+def test_values_per_channel_are_counted_in_the_model():
+    _, _, found = found_in(few, "gb")
+    # 8 by 8 images; two blocks with stride 2: 2 by 2 positions of 3 samples
+    last = ("layers.2.bn1", "layers.2.bn2", "layers.2.downsample.1")
+    assert found[0].values == dict.fromkeys(last, 12.0)
+
+
+def test_dropout_is_measured_by_the_deviation_that_it_adds():
+    """For a ReLU of a normal value x, E x² = 1/2 and var x = 1/2 - 1/(2π); p = 1/2 adds E x²."""
+    layers = nn.ReLU(), nn.Dropout(0.5), nn.BatchNorm1d(64)
+    torch.manual_seed(0)
+    (finding,) = gb.check(nn.Sequential(*layers), torch.randn(4096, 64), select="BN008")
+    var = 0.5 - 1 / (2 * math.pi)
+    assert finding.values["2"] == pytest.approx(math.sqrt((var + 0.5) / var), rel=0.01)
+    assert finding.cure.startswith("model[1].p = 0.0")
+
+
+def test_momentum_is_judged_by_its_half_life():
+    model = resnet_like()
+    model.bn1.momentum = 0.1  # half-life 6.58 steps
+    assert gb.check(model, epoch=7, select="BN007") == []
+    assert gb.check(model, epoch=6, select="BN007").codes == ("BN007",)
+    model.bn1.momentum = None
+    for layer in model.layers.modules():
+        if isinstance(layer, nn.BatchNorm2d):
+            layer.momentum = 0.5
+    assert gb.check(model, epoch=1, select="BN007") == []
+
+
+# -- without a trace ------------------------------------------------------------------------------
+
+
+def trace(model, optimizer):
+    """All that could change, with the identity and the memory of each tensor."""
+
+    def tensor(t):
+        return None if t is None else (id(t), t.data_ptr(), t.detach().clone())
+
+    modules = [
+        (
+            {k: v for k, v in m.__dict__.items() if isinstance(v, bool | int | float | str)},
+            {k: tensor(v) for k, v in (*m._parameters.items(), *m._buffers.items())},
+            [len(getattr(m, name)) for name in ("_forward_hooks", "_forward_pre_hooks")],
+            sorted(m.__dict__),
+        )
+        for m in model.modules()
+    ]
+    grads = [tensor(p.grad) for p in model.parameters()]
+    state = [
+        {k: tensor(v) if isinstance(v, torch.Tensor) else v for k, v in s.items()}
+        for s in optimizer.state.values()
+    ]
+    groups = [{k: v for k, v in g.items() if k != "params"} for g in optimizer.param_groups]
+    return [modules, grads, state, groups, torch.get_rng_state(), random.getstate()]
+
+
+def differences(a, b, at=""):
+    if isinstance(a, torch.Tensor):
+        return [] if torch.equal(a, b) else [at]
+    if isinstance(a, dict):
+        missing = [f"{at}.{key}" for key in a.keys() ^ b.keys()]
+        return missing + [
+            d for k in a.keys() & b.keys() for d in differences(a[k], b[k], f"{at}.{k}")
+        ]
+    if isinstance(a, list | tuple) and len(a) == len(b):
+        return [d for i in range(len(a)) for d in differences(a[i], b[i], f"{at}[{i}]")]
+    return [] if a == b else [f"{at}: {a!r:.50} != {b!r:.50}"]
+
+
+def ordinary(optimizer):
+    def step(model, batch):
+        optimizer.zero_grad()
+        nn.functional.cross_entropy(model.train()(batch[0]), batch[1]).backward()
+        optimizer.step()
+        random.random()
+        torch.rand(1)
+
+    return step
+
+
+@pytest.mark.parametrize("kind", [torch.optim.SGD, torch.optim.AdamW])
+@pytest.mark.parametrize("norm", ["nn", "gb"])
+@pytest.mark.parametrize("training", [True, False])
+def test_nothing_changes_by_any_rule(norm, kind, training):
+    model = calibrated(mobilenet_like, norm)
+    optimizer = kind(model.parameters(), lr=0.01)
+    step = ordinary(optimizer)
+    batch = batch_for(model, 32)
+    step(model, batch)  # a state, and gradients
+    model.train(training)
+    evaluate = validating_in_training(norm)[1]["evaluate"]
+    before = trace(model, optimizer)
+    found = gb.check(model, batch, optimizer, step=step, evaluate=evaluate, epoch=10)
+    assert len(found.tried) == 10
+    assert found.codes == ("BN003",)
+    assert differences(before, trace(model, optimizer)) == []
+
+
+@pytest.mark.parametrize("argument", ["step", "evaluate", "forward"])
+def test_nothing_changes_where_the_users_function_fails(argument):
+    model = calibrated(resnet_like, "gb")
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+    batch = batch_for(model, 32)
+    ordinary(optimizer)(model, batch)
+    before = trace(model, optimizer)
+
+    def fails(model, batch):
+        ordinary(optimizer)(model, batch) if argument == "step" else model.train()(batch[0])
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        gb.check(model, batch, optimizer, **{argument: fails})
+    assert differences(before, trace(model, optimizer)) == []
+
+
+def test_a_pending_backward_pass_goes_on():
+    model = calibrated(resnet_like, "nn").eval()
+    batch = batch_for(model, 32)
+    loss = model(batch[0]).square().mean()
+    gb.check(model, batch)
+    loss.backward()
+    assert model.bn1.weight.grad is not None
+
+
+def test_a_recurrent_step_is_undone_too():
+    torch.manual_seed(0)
+
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.rnn, self.norm = nn.GRU(4, 6, batch_first=True), gb.BatchNorm1d(6)
+
+        def forward(self, x):
+            return self.norm(self.rnn(x)[0][:, -1])
+
+    model = Net()
+    optimizer = torch.optim.Adam(model.parameters())
+
+    def step(model, x):
+        optimizer.zero_grad()
+        model(x).square().mean().backward()
+        assert all(p.grad is not None for p in model.parameters())
+        optimizer.step()
+
+    x = torch.randn(64, 5, 4)
+    before = trace(model, optimizer)
+    flat = [id(p) for p in model.rnn._flat_weights]
+    assert gb.check(model, x, optimizer, step=step) == []
+    assert differences(before, trace(model, optimizer)) == []
+    assert [id(p) for p in model.rnn._flat_weights] == flat
+
+
+# -- what comes in and what comes out -------------------------------------------------------------
+
+
+def test_without_a_batch_rules_that_need_one_say_so():
+    model, given = long_average("nn")
+    model.layers.requires_grad_(False)
+    model.layers[0].bn2 = model.layers[0].bn1
+    model.bn1.running_mean[0] = math.nan
+    found = gb.check(model, epoch=given["epoch"])
+    assert found.codes == ("BN002", "BN004", "BN007", "BN010")
+    assert set(found.skipped) == NEEDS_BATCH
+    assert str(found).endswith("a batch is\nneeded, batch=.") or "batch=" in str(found)
+
+
+def test_select_and_ignore_choose_rules():
+    model, given, _ = found_in(decay_for_momentum, "gb")
+    assert gb.check(model, given["batch"], select="bn007,BN009").tried == ("BN007", "BN009")
+    assert gb.check(model, given["batch"], select=["BN009"]) == []
+    found = gb.check(model, given["batch"], ignore=["BN007"])
+    assert (found, len(found.tried)) == ([], 9)
+
+
+@pytest.mark.parametrize(
+    ("call", "kind", "words"),
+    [
+        (lambda m: gb.check(nn.Linear(2, 2)), ValueError, "with batch normalizations, got Linear"),
+        (lambda m: gb.check(m, select="BN11"), ValueError, "BN001 to BN010, got 'BN11'"),
+        (lambda m: gb.check(m, ignore=["x"]), ValueError, "ignore must name rules"),
+        (lambda m: gb.check(len), TypeError, "must be a torch.nn.Module"),
+        (
+            lambda m: gb.check(nn.Sequential(nn.LazyBatchNorm1d())),
+            ValueError,
+            "Run one batch through the model first",
+        ),
+    ],
+)
+def test_a_wrong_input_is_answered_by_what_to_do(call, kind, words):
+    with pytest.raises(kind, match=words):
+        call(resnet_like())
+
+
+def test_wrapped_and_compiled_models_are_looked_at_inside():
+    model, given, found = found_in(decay_for_momentum, "nn")
+    compiled = gb.check(torch.compile(model, backend="aot_eager"), given["batch"])
+    assert compiled.codes == found.codes
+    parallel = nn.DataParallel(model)
+    assert gb.check(parallel, given["batch"])[0].places == found[0].places
+
+
+def test_batches_may_be_dicts_and_outputs_anything():
+    model, given, _ = found_in(biased, "gb")
+    x, y = given["batch"]
+    found = gb.check(
+        model,
+        {"images": x, "labels": y},
+        forward=lambda m, b: {"loss": m(b["images"]).square().mean(), "n": len(b["labels"])},
+    )
+    assert found.codes == ("BN009",)
+    assert len(found.tried) == 10
+    quiet = gb.check(model, x, forward=lambda m, b: (m(b), None)[1])
+    assert len(quiet.tried) == 10
+
+
+def test_every_line_but_the_cure_has_at_most_80_columns():
+    for defect in (decay_for_momentum, frozen, biased, stale):
+        _, _, found = found_in(defect, "nn")
+        for line in str(found).splitlines():
+            assert len(line) <= 80 or line.startswith("    cure    "), line
+        assert repr(found) == str(found)
+
+
+# -- the page and the command ---------------------------------------------------------------------
+
+
+def test_the_page_is_made_from_the_rules():
+    """After a change of a rule: python -m tests.test_check."""
+    assert PAGE.read_text() == page()
+
+
+def test_every_rule_says_why_when_with_an_example_and_the_cure():
+    for code in RULES:
+        text = explain(code)
+        for part in ("**Why.**", "**Fires**", "**Cure.**", "```python", "Values:"):
+            assert part in text, (code, part)
+
+
+FACTORIES = """
+import torch
+from torch import nn
+
+def network(bias):
+    layers = nn.Linear(4, 8, bias=bias), nn.BatchNorm1d(8), nn.ReLU(), nn.Linear(8, 2)
+    return nn.Sequential(*layers)
+
+def faulty():
+    model = network(True)
+    return model, torch.randn(64, 4), torch.optim.SGD(model.parameters(), lr=0.1)
+
+def clean():
+    return {"model": network(False), "batch": torch.randn(64, 4), "epoch": 100}
+
+def raises():
+    raise KeyError("lost")
+
+def mismatched():
+    return network(False), torch.randn(3, 7)
+
+def nothing():
+    return 3
+
+model = network(False)
+number = 3
+"""
+
+
+@pytest.fixture
+def factories(tmp_path, monkeypatch):
+    (tmp_path / "factories_of_the_test.py").write_text(FACTORIES)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    yield "factories_of_the_test"
+    sys.modules.pop("factories_of_the_test", None)
+
+
+def command(capsys, *words):
+    with pytest.raises(SystemExit) as left:
+        main(["check", *words])
+    out, err = capsys.readouterr()
+    return left.value.code, out, err
+
+
+def test_the_command_leaves_with_1_for_findings_and_0_without(factories, capsys):
+    code, out, _ = command(capsys, f"{factories}:faulty")
+    assert code == 1
+    assert out.startswith("BN009 bias before the layer\n")
+    code, out, _ = command(capsys, f"{factories}:clean")
+    assert code == 0
+    assert out.startswith("No findings, 9 rules tried.")
+    assert command(capsys, f"{factories}:model")[0] == 0
+    assert command(capsys, f"{factories}:faulty", "--ignore", "BN009")[0] == 0
+    assert command(capsys, f"{factories}:faulty", "--select", "BN001,BN002")[0] == 0
+
+
+def test_the_command_tells_the_same_as_json(factories, capsys):
+    code, out, _ = command(capsys, f"{factories}:faulty", "--json")
+    told = json.loads(out)
+    assert code == 1
+    assert [f["code"] for f in told["findings"]] == ["BN009"]
+    assert told["findings"][0]["places"] == ["0"]
+    assert told["skipped"].keys() == {"BN005"}
+    assert len(told["tried"]) == 9
+
+
+def test_the_command_explains_rules(capsys):
+    code, out, _ = command(capsys, "--explain", "bn004")
+    assert code == 0
+    assert out == explain("BN004") + "\n"
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        ([], "A model was expected"),
+        (["{}"], "MODULE:FACTORY was expected"),
+        (["there_is_no_such_module:f"], "There is no module 'there_is_no_such_module'"),
+        (["{}:absent"], "has no 'absent'"),
+        (["{}:number"], "must be a function, got int"),
+        (["{}:nothing"], "must return a model"),
+        (["{}:raises"], "raised KeyError: 'lost'"),
+        (["{}:mismatched"], "shapes cannot be multiplied"),
+        (["{}:clean", "--select", "BN99"], "BN001 to BN010, got 'BN99'"),
+        (["--explain", "BN011"], "BN001 to BN010, got 'BN011'"),
+        (["{}:clean", "--explain", "BN001"], "takes no MODULE:FACTORY"),
+        (["{}:clean", "--frobnicate"], "--frobnicate"),
+    ],
+)
+def test_what_the_command_cannot_use_is_said_with_code_2(factories, capsys, words, said):
+    code, out, err = command(capsys, *(word.format(factories) for word in words))
+    assert (code, out) == (2, "")
+    assert said in err
+
+
+def test_the_command_finds_modules_beside_it(factories):
+    done = subprocess.run(
+        [sys.executable, "-m", "gammabeta", "check", f"{factories}:clean"],
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert done.returncode == 0, done.stderr
+
+
+if __name__ == "__main__":
+    PAGE.write_text(page())
