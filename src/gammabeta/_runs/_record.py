@@ -1,7 +1,7 @@
 """The record of a training: one JSON object a line, written as it goes, read with suspicion.
 
     {"kind": "gammabeta record", "schema": 1, "model": ..., "probes": [...], ...}
-    {"step": 0, "seconds": 0.004, "overhead": 0.0, "loss": 2.3, "values": {PROBE: {NAME: VALUE}}}
+    {"step": 50, "seconds": 0.004, "overhead": 0.03, "loss": 2.3, "values": {PROBE: {NAME: VALUE}}}
     {"resumed": 400}
 
 NAME is "LAYER/QUANTITY" or "QUANTITY"; VALUE a number, a list of numbers or a list of such lists.
@@ -258,7 +258,7 @@ def _about(value: dict[str, Any], path: Path) -> dict[str, Any]:
 
 def _check_row(row: dict[str, Any], path: Path, where: str) -> None:
     need(_is_count(row.get("step")), path, f"{where}: step", "0, 1, ...", row.get("step"))
-    for field in ("seconds", "overhead"):
+    for field in {"seconds", *row} & {"seconds", "overhead"}:
         value: Any = row.get(field)
         fine = is_number(value) and value >= 0
         need(fine, path, f"{where}: {field}", "a number of 0 or more", value)

@@ -55,8 +55,10 @@ class Recorder:
     The training is bit for bit the same with and without a recorder.
 
     A record is due at every step that `every` names. The first two are always taken; a later one
-    is skipped where it would bring what the records after the first have cost above `max_overhead`
-    of what the training took. `overhead` counts all of it, and `skipped` what was left out.
+    is skipped where it would bring `overhead` above `max_overhead`, and counted in `skipped`.
+    `overhead` is the time that records took by the time of the rest of the loop, whatever that
+    does between the calls of `step`. The first record counts with no more than the second took:
+    what it meets for the first time, the training would have met a moment later.
 
     Under DistributedDataParallel, and wherever several processes train, rank 0 alone measures and
     writes: statistics, loss and gradients of its own part of each batch. Where layers share their
@@ -223,7 +225,7 @@ class Recorder:
 
     @property
     def overhead(self) -> float:
-        """Seconds spent in records per second of the rest of the loop, so far."""
+        """Seconds spent in records per second of the rest of the loop, so far; see the class."""
         return self._clock.overhead()
 
     def record(self) -> Record:
@@ -309,8 +311,9 @@ class Recorder:
 class _Clock:
     """What the records cost, beside the time of the loop around them.
 
-    The first record of a process is the costliest, since everything is met for the first time: it
-    is counted, but it does not hold the others back.
+    What a process meets for the first time, such as kernels that are compiled, the first record
+    pays for the training, which would have had to pay it a moment later. So the first record
+    counts with no more than the second one took.
     """
 
     def __init__(self, model: nn.Module, loop: float = 0.0, spent: float = 0.0) -> None:
@@ -318,11 +321,11 @@ class _Clock:
         self._before = loop  # of earlier processes
         self._model = model
         self._began: float | None = None
-        self._costs: list[float] = []  # at most the first and the latest
-        self._here = 0.0
-        self._entered = 0.0
+        self._calls = self._records = 0
+        self._here = self._latest = self._entered = 0.0
 
     def start(self) -> None:
+        self._calls += 1
         if self._began is None:
             self._began = time.perf_counter()
 
@@ -334,19 +337,30 @@ class _Clock:
         return self._before + now - self._began - self._here
 
     def overhead(self) -> float:
-        return _share(self.spent, self.loop())
+        return self._share(self.spent, self.loop())
 
     def next_overhead(self) -> float:
         """What it would be after one more record like the latest."""
-        if len(self._costs) < 2:
+        if self._records < 2:
             return 0.0
-        return _share(self.spent - self._costs[0] + self._costs[1], self.loop())
+        return self._share(self.spent + self._latest, self.loop())
 
     def costs(self) -> dict[str, float]:
         """Of the record that is being taken, for the record itself."""
         cost = self._now() - self._entered
-        overhead = _share(self.spent + cost, self.loop(self._entered))
-        return {"seconds": encoded(cost), "overhead": encoded(overhead)}
+        found = {"seconds": encoded(cost)}
+        if self._calls > 1 or self._before > 0:
+            spent = self.spent - self._excess(cost) + cost
+            found["overhead"] = encoded(self._share(spent, self.loop(self._entered)))
+        return found
+
+    def _share(self, spent: float, loop: float) -> float:
+        # nothing can be said of a loop that has not been once around
+        return spent / loop if self._calls > 1 or self._before > 0 else 0.0
+
+    def _excess(self, cost: float) -> float:
+        """What the first record took more than the second, which takes `cost`."""
+        return max(self._latest - cost, 0.0) if self._records == 1 else 0.0
 
     def _now(self) -> float:
         """The time when the device has done what it was given: what came before is not ours."""
@@ -361,13 +375,10 @@ class _Clock:
 
     def __exit__(self, *_: object) -> None:
         cost = time.perf_counter() - self._entered
-        self._costs = [*self._costs[:1], cost]
         self._here += cost
-        self.spent += cost
-
-
-def _share(spent: float, loop: float) -> float:
-    return spent / loop if loop > 0 else 0.0
+        self.spent += cost - self._excess(cost)
+        self._latest = cost
+        self._records += 1
 
 
 def _by_name(probes: Sequence[str | Probe]) -> dict[str, Probe]:

@@ -41,7 +41,7 @@ def recording(path: Path, label: str, place: int) -> Recording:
     kept = _kept(record)
     every = "by a function" if about["every"] is None else f"every {number(about['every'])}"
     most = about["max_overhead"]
-    cost = record.series["overhead"].values[-1] if record.steps else None
+    cost = record.series["overhead"].values[-1] if "overhead" in record.series else None
     limit = "" if most is None else f", limit {number(100 * most)} %"
     facts = [
         ("Model", f"{about['model']}, {number(about['parameters'])} parameters"),
