@@ -33,8 +33,8 @@ normalization are to be compared by the scale-free walk.
 Cost: one forward and backward pass for each distance of both walks, besides that at θ. Memory: the
 gradients of one point more.
 
-Sources: Santurkar et al. 2018, "How Does Batch Normalization Help Optimization?", Sec. 3
-and Appendix A (arXiv 1805.11604): distances of 1/2 to 4 learning rates for VGG, 1/100 to 30 for the
+Sources: Santurkar et al. 2018, "How Does Batch Normalization Help Optimization?", Sec. 3 and
+Appendix A (arXiv 1805.11604): distances of 1/2 to 4 learning rates for VGG, 1/100 to 30 for the
 deep linear network; van Laarhoven 2017, Sec. 3 (arXiv 1706.05350), for the scale.
 """
 
