@@ -45,7 +45,8 @@ ACTS: tuple[Any, ...] = (
     ("gelu", "tanh"),
 )
 
-BACKENDS = ("auto", "reference", "native")
+BACKENDS = ("auto", "reference", "native", "cpu")
+DOUBLE = ("auto", "reference", "native")  # those that compute in float64
 
 MOMENTA = (0.1, 0.01, 1.0, 0.0, None)
 
@@ -147,6 +148,11 @@ def call(
         mask=valid,
         dy=arrange(normal(*shape).to(dtype)),
     )
+
+
+def dtype(backend: str) -> torch.dtype:
+    """The most precise dtype that a backend takes."""
+    return torch.float64 if backend in DOUBLE else torch.float32
 
 
 def require(backend: str, x: Tensor, **call: Any) -> None:
