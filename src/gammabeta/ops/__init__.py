@@ -120,7 +120,10 @@ def run(
     backend: str,
 ) -> tuple[Tensor, Seen]:
     """:func:`batch_norm` for layers: statistics go in and come out as they are at hand."""
-    parsed = _activations.parse(act)
+    parsed = None if act is None else _activations.parse(act)
+    plain = group is None and (backend == "auto" or backend == "cpu")
+    if plain and _cpu.direct(x, weight, bias, moments, eps, mask, residual):
+        return _cpu.by_address(x, weight, bias, moments, eps, parsed, residual, None)
     _check(x, weight, bias, moments, eps, residual)
     if group is not None and moments is not None:
         raise ValueError(

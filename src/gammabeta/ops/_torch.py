@@ -56,8 +56,14 @@ def in_backward() -> bool:
     """
     if torch.compiler.is_compiling():  # there the forward is recomputed without its side effects
         return False
-    task = getattr(torch._C, "_current_graph_task_id", None)
-    return task is not None and task() != -1
+    return _graph_task() != -1
+
+
+def _no_task() -> int:
+    return -1
+
+
+_graph_task: Callable[[], int] = getattr(torch._C, "_current_graph_task_id", _no_task)
 
 
 def recorded() -> bool:
@@ -76,16 +82,44 @@ def host_readable(t: Tensor) -> bool:
     return not (recorded() or transform_active())
 
 
+def _none() -> int:
+    return 0
+
+
+def _found(place: object, name: str) -> Callable[[], object]:
+    """A private question of torch, or one whose answer is always no."""
+    return getattr(place, name, _none)
+
+
+_dispatch_modes = _found(torch._C, "_len_torch_dispatch_stack")
+_function_modes = _found(torch._C, "_len_torch_function_stack")
+_transforms = _found(getattr(torch._C, "_functorch", None), "peek_interpreter_stack")
+_jit_tracing = _found(torch._C, "_is_tracing")
+_profiling = _found(torch._C._autograd, "_profiler_enabled")
+
+
 def addresses_count() -> bool:
     """Whether operations run at once, on the values that tensors hold, and nobody looks on.
 
-    False under a tracer, a mode, a transform or the profiler. Without the private names: True only
-    as far as the public ones tell.
+    False under a tracer, a mode, a transform or the profiler. Asked at every call of a kernel,
+    hence from the shortest answers there are.
     """
-    if torch.compiler.is_compiling() or recorded() or transform_active():
-        return False
-    functions = getattr(torch._C, "_len_torch_function_stack", None)
-    if functions is not None and functions() > 0:
-        return False
-    profiling = getattr(torch._C._autograd, "_profiler_enabled", None)
-    return not (profiling is not None and profiling())
+    return not (
+        torch.compiler.is_compiling()
+        or _dispatch_modes()
+        or _function_modes()
+        or _transforms()
+        or getattr(forward_ad, "_current_level", -1) >= 0
+        or _jit_tracing()
+        or _profiling()
+    )
+
+
+def written(*tensors: Tensor) -> None:
+    """Tell autograd that the values of these were changed behind its back."""
+    _increment(tensors)
+
+
+_increment: Callable[[tuple[Tensor, ...]], None] = getattr(
+    torch._C, "_increment_version", torch.autograd.graph.increment_version
+)

@@ -37,13 +37,25 @@ def forward(
     valid: Tensor | None,
 ) -> tuple[Tensor, Moments | Held | Kept]:
     """y and what normalized it."""
-    call = (x, weight, bias, residual, valid, given, eps, act)
-    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in call[:4]):
+    if torch.is_grad_enabled() and (
+        x.requires_grad
+        or (weight is not None and weight.requires_grad)
+        or (bias is not None and bias.requires_grad)
+        or (residual is not None and residual.requires_grad)
+    ):
         box: list[Any] = []
-        y = _apply(*call, box)
+        small = residual is None and valid is None and given is None and x.numel() < _calls.SERIAL
+        if (
+            small
+            and (act is None or slope_of(act) is not None)
+            and x.is_contiguous()
+            and not x.is_neg()
+        ):
+            return _small(x, weight, bias, eps, act, box), box[0]
+        y = _apply(x, weight, bias, residual, (valid, given, eps, act, box))
         kept, count = box
     else:
-        y, kept, _, count = compute(*call, False)
+        y, kept, _, count = compute(x, weight, bias, residual, valid, given, eps, act, False)
     if given is not None:
         return y, given
     return y, Kept(kept, x.shape[1], count, valid is not None)
@@ -62,9 +74,9 @@ def compute(
 ) -> tuple[Tensor, Tensor, Tensor | None, float]:
     """y, what is kept, the signs before the activation where they are wanted, the count."""
     slope = slope_of(act)
-    layout, call = _calls.prepare(x, weight, bias, residual, valid, eps, slope)
+    call = _calls.prepare(x, weight, bias, residual, valid, eps, slope)
     count = _calls.count_of(x, valid)
-    y, kept, signs = _calls.forward(call, layout, given, count=count, want_signs=want_signs)
+    y, kept, signs = _calls.forward(call, given, count=count, want_signs=want_signs)
     if act is not None and slope is None:
         y = _smooth(y, act, valid)
     return y, kept, signs, count
@@ -113,31 +125,87 @@ class _Normalize(torch.autograd.Function):
         weight: Tensor | None,
         bias: Tensor | None,
         residual: Tensor | None,
-        valid: Tensor | None,
-        given: Moments | Held | None,
-        eps: float,
-        act: Parsed,
-        box: list[Any],
+        rest: tuple[Any, ...],
     ) -> Tensor:
+        valid, given, eps, act, box = rest
         y, kept, signs, count = compute(x, weight, bias, residual, valid, given, eps, act, True)
-        ctx.smooth = act is not None and slope_of(act) is None
         # where signs are kept, or nothing bends, the residual's values no longer matter
-        ctx.save_for_backward(x, weight, bias, residual if ctx.smooth else None, valid, kept, signs)
-        ctx.eps, ctx.act, ctx.count = eps, act, count
-        ctx.fixed, ctx.added = given is not None, residual is not None
+        slope = slope_of(act)
+        smooth = act is not None and slope is None
+        kept_residual = residual if smooth else None
+        ctx.save_for_backward(x, weight, bias, kept_residual, valid, kept, signs)
+        ctx.how = How(eps, act, slope, smooth, count, given is not None, residual is not None)
         box += (kept, count)
         return y
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> Any:
-        x, weight, bias, residual, valid, kept, signs = ctx.saved_tensors
-        saved = Saved(x, weight, bias, residual, valid, kept, signs)
-        how = How(ctx.eps, ctx.act, ctx.count, ctx.fixed, ctx.added)
+        saved = Saved._make(ctx.saved_tensors)
         if torch.is_grad_enabled():
-            found = differentiable(grads[0], saved, how)
+            found = differentiable(grads[0], saved, ctx.how)
         else:
-            found = gradients(grads[0], saved, how, ctx.needs_input_grad)
-        return *found, *(None,) * 5
+            found = gradients(grads[0], saved, ctx.how, ctx.needs_input_grad)
+        return *found, None
+
+
+class _Small(torch.autograd.Function):
+    """The same for the plainest call, where the road to the kernel is longer than the kernel's."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        weight: Tensor | None,
+        bias: Tensor | None,
+        eps: float,
+        act: Parsed,
+        box: list[Any],
+    ) -> Tensor:
+        shape = x.shape
+        layout = "pixels" if x.dim() == 2 else _calls.layout_of(x) or "planes"
+        ctx.plan = plan = _calls.small(shape, x.dtype, layout, eps, slope_of(act))
+        run, words, room, _ = plan.forward
+        kept = torch.empty(plan.kept, dtype=torch.float64)
+        y = torch.empty_like(x)
+        stats = kept.data_ptr()
+        addresses = _calls.pointers(
+            *(x.data_ptr(), y.data_ptr(), 0, 0, 0, 0, 0, 0),
+            0 if weight is None else weight.data_ptr(),
+            0 if bias is None else bias.data_ptr(),
+            *(stats, 0, 0, stats + plan.place, _calls.scratch(room), 0, 0, 0, 0, 0, 0),
+        )
+        run(addresses + words)
+        ctx.save_for_backward(x, weight, bias, kept)
+        ctx.how = eps, act
+        box.append(Kept(kept, shape[1], plan.values, False))
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Any:
+        x, weight, bias, kept = ctx.saved_tensors
+        (dy,) = grads
+        plan = ctx.plan
+        if torch.is_grad_enabled():
+            saved = Saved(x, weight, bias, None, None, kept, None)
+            eps, act = ctx.how
+            how = How(eps, act, slope_of(act), False, plan.values, False, False)
+            return *differentiable(dy, saved, how)[:3], None, None, None
+        run, words, room, _ = plan.backward
+        if not dy.is_contiguous() or dy.is_neg():
+            dy = dy.resolve_neg().contiguous()
+        dx = torch.empty_like(x)
+        dweight = None if weight is None else torch.empty_like(weight)
+        dbias = None if bias is None else torch.empty_like(bias)
+        stats, place = kept.data_ptr(), _calls.scratch(room + plan.place)
+        addresses = _calls.pointers(
+            *(x.data_ptr(), 0, dy.data_ptr(), dx.data_ptr(), 0, 0, 0, 0, 0, 0),
+            *(stats, 0, 0, stats + plan.place, place, place + room),
+            0 if dweight is None else dweight.data_ptr(),
+            0 if dbias is None else dbias.data_ptr(),
+            *(0, 0, 0),
+        )
+        run(addresses + words)
+        return dx, dweight, dbias, None, None, None
 
 
 class Saved(NamedTuple):
@@ -155,6 +223,8 @@ class Saved(NamedTuple):
 class How(NamedTuple):
     eps: float
     act: Parsed
+    slope: float | None  # of what the kernels fuse
+    smooth: bool  # another activation, which they do not
     values: float  # per channel
     fixed: bool  # the statistics were given
     added: bool  # there was a residual
@@ -166,31 +236,21 @@ Gradients: TypeAlias = tuple[Tensor | None, Tensor | None, Tensor | None, Tensor
 def gradients(dy: Tensor, saved: Saved, how: How, needed: Sequence[bool]) -> Gradients:
     """Of x, weight, bias and residual, by the kernels."""
     x, weight, bias, residual, valid, kept, signs = saved
-    smooth = how.act is not None and slope_of(how.act) is None
-    slope = slope_of(how.act)
-    layout, call = _calls.prepare(x, weight, bias, residual, valid, how.eps, slope)
-    dy = _calls.arranged(dy, layout)
+    eps, act, slope, smooth, values, fixed, added = how
+    call = _calls.prepare(x, weight, bias, residual, valid, eps, slope)
+    dy = _calls.arranged(dy, call.layout)
     if smooth:
-        count = 1.0 if how.fixed else how.values  # given statistics are kept as a variance
-        z, _, _ = _calls.forward(call, layout, None, count=count, again=kept)
-        dy = through(dy, z, how.act)
-    call = call._replace(residual=None)
+        count = 1.0 if fixed else values  # given statistics are kept as a variance
+        z, _, _ = _calls.forward(call, None, count=count, again=kept)
+        dy = through(dy, z, act)
     # where nothing bends and all is valid, the residual's gradient is dy
-    written = how.added and needed[3] and (slope is not None or valid is not None)
-    dx, dresidual, sums = _calls.backward(
-        dy,
-        call,
-        layout,
-        kept,
-        signs,
-        count=how.values,
-        fixed=how.fixed,
-        want_dx=needed[0] or written,
-        want_dresidual=written,
+    written = added and needed[3] and (slope is not None or valid is not None)
+    dx, dweight, dbias, dresidual = _calls.backward(
+        dy, call, kept, signs, values, fixed, want_dx=needed[0] or written, want_dresidual=written
     )
-    if how.added and not written:
+    if added and not written:
         dresidual = dy
-    return dx, sums.weight, sums.bias, dresidual
+    return dx, dweight, dbias, dresidual
 
 
 def differentiable(dy: Tensor, saved: Saved, how: How) -> Gradients:
@@ -198,9 +258,8 @@ def differentiable(dy: Tensor, saved: Saved, how: How) -> Gradients:
     x, weight, bias, residual, valid, kept, signs = saved
     act, c = how.act, x.shape[1]
     if signs is not None:
-        slope = slope_of(act)
-        assert slope is not None
-        dy = torch.where(_calls.negative(signs, x, valid is not None), dy * slope, dy)
+        assert how.slope is not None
+        dy = torch.where(_calls.negative(signs, x, valid is not None), dy * how.slope, dy)
         act = None
     if how.added and residual is None:  # its value does not matter: only its gradient is wanted
         residual = dy.new_zeros(()).expand_as(x)
@@ -212,3 +271,4 @@ def differentiable(dy: Tensor, saved: Saved, how: How) -> Gradients:
 
 # torch leaves it without types
 _apply: Callable[..., Tensor] = _Normalize.apply
+_small: Callable[..., Tensor] = _Small.apply

@@ -12,8 +12,9 @@ import torch
 from torch import Tensor
 
 from gammabeta.moments import Moments
+from gammabeta.ops import _torch
 from gammabeta.ops._cpu import _compile
-from gammabeta.ops._seen import Held
+from gammabeta.ops._seen import Held, as_moments
 
 # flags of the kernels: see _operands, which needs LLVM to be imported
 GIVEN, HELD, ONLY, TOTALS, FIXED = 1, 2, 4, 8, 16
@@ -36,7 +37,7 @@ INTEGERS = (
     *("items", "nears", "gathers", "groups", "finals"),  # pieces of work of each stage
     *("threads", "flags"),
 )
-_pointers = struct.Struct(f"{len(POINTERS)}q").pack
+pointers = struct.Struct(f"{len(POINTERS)}q").pack
 _numbers = struct.Struct(f"{len(NUMBERS)}d").pack
 _integers = struct.Struct(f"{len(INTEGERS)}q").pack
 
@@ -44,7 +45,7 @@ BLOCK = 64  # planes: channels at most in a block, what the stack has room for
 GROUP = 64  # pixels: channels in an item of the second stage
 LANES = 16
 PARTS = 8  # pixels: float32 rows in scratch: a value near the mean, the plan, two means
-_SERIAL = 32768  # elements, below which a second thread costs more than it saves
+SERIAL = 32768  # elements, below which a second thread costs more than it saves
 _RUN = 4096  # bytes that lie side by side, at least, in what a thread reads
 _CACHE = 600_000  # bytes of one operand that stay in the second cache with the others
 _STRIP = 1 << 18  # bytes in a strip
@@ -52,8 +53,9 @@ _HUGE = 4 << 20  # bytes, from which on memory is asked for in large pages
 
 
 class Operands(NamedTuple):
-    """One call, checked, in the layout of a kernel."""
+    """One call in the layout of a kernel."""
 
+    layout: str
     x: Tensor
     weight: Tensor | None
     bias: Tensor | None
@@ -63,10 +65,23 @@ class Operands(NamedTuple):
     slope: float | None  # of what is fused; None for no activation
 
 
-class Geometry(NamedTuple):
-    integers: bytes
+class Recipe(NamedTuple):
+    """All of a call but its addresses: one lookup instead of much arithmetic for small inputs."""
+
+    run: _compile.Run
+    words: bytes  # numbers and integers
     scratch: int  # bytes
     signs: int  # 16-bit words
+
+
+class Small(NamedTuple):
+    """Both directions of a call without a residual or mask that is too small for two threads."""
+
+    values: float  # per channel
+    kept: int  # float64 words
+    place: int  # of the plan in them, bytes
+    forward: Recipe
+    backward: Recipe
 
 
 class _Local(threading.local):
@@ -84,7 +99,7 @@ def prepare(
     mask: Tensor | None,
     eps: float,
     slope: float | None,
-) -> tuple[str, Operands]:
+) -> Operands:
     """The layout of a call, and its operands in it; most need no copy."""
     if x.is_neg():  # a view whose signs are still to be changed
         x = x.resolve_neg()
@@ -98,13 +113,13 @@ def prepare(
         mask = mask.contiguous()
     weight = None if weight is None else weight.contiguous()
     bias = None if bias is None else bias.contiguous()
-    return layout, Operands(x, weight, bias, residual, mask, eps, slope)
+    return Operands(layout, x, weight, bias, residual, mask, eps, slope)
 
 
 def layout_of(x: Tensor) -> str | None:
     """Which kernels can walk over x as it lies in memory; None if it has to be copied."""
     if x.is_contiguous():
-        return "pixels" if x.numel() == x.shape[0] * x.shape[1] else "planes"
+        return "pixels" if x.dim() == 2 or x.numel() == x.shape[0] * x.shape[1] else "planes"
     if x.dim() == 4:
         return "pixels" if x.is_contiguous(memory_format=torch.channels_last) else None
     return "pixels" if x.movedim(1, -1).is_contiguous() else None
@@ -122,10 +137,41 @@ def arranged(t: Tensor, layout: str) -> Tensor:
 
 
 @functools.lru_cache(maxsize=4096)
-def geometry(
-    layout: str, shape: tuple[int, ...], size: int, masked: bool, threads: int, flags: int
-) -> Geometry:
+def recipe(
+    direction: str,
+    layout: str,
+    shape: tuple[int, ...],
+    dtype: torch.dtype,
+    act: bool,
+    residual: bool,
+    masked: bool,
+    threads: int,
+    flags: int,
+    *numbers: float,
+) -> Recipe:
     """How the work is divided. Sums depend on the shape alone, never on the threads."""
+    size = 4 if dtype == torch.float32 else 2
+    words, scratch, signs = _divide(layout, shape, size, masked, threads, flags)
+    form = ("float32" if size == 4 else "bfloat16", act or masked, residual or masked, masked)
+    run = _compile.kernel(layout, direction, form)
+    return Recipe(run, _numbers(*numbers, 0.0, 0.0) + words, scratch, signs)
+
+
+@functools.lru_cache(maxsize=4096)
+def small(
+    shape: tuple[int, ...], dtype: torch.dtype, layout: str, eps: float, slope: float | None
+) -> Small:
+    count = float(math.prod(shape) // shape[1])
+    form = (layout, shape, dtype, slope is not None, False, False, 1, 0)
+    numbers = (max(count, 1.0), eps, 1.0 if slope is None else slope)
+    both = (recipe(direction, *form, *numbers) for direction in ("forward", "backward"))
+    return Small(count, kept_size(shape[1]), 16 * shape[1], *both)
+
+
+def _divide(
+    layout: str, shape: tuple[int, ...], size: int, masked: bool, threads: int, flags: int
+) -> tuple[bytes, int, int]:
+    """The integers of a call, its scratch in bytes, its signs in words."""
     n, c, *positions = shape
     s = math.prod(positions)
     given = bool(flags & (GIVEN | HELD))
@@ -147,17 +193,19 @@ def geometry(
     scratch = width * (4 * PARTS + 16 * strips) + 64
     words = (n, c, s, 0, rows, columns, copies, strips, strip)
     work = (0, int(not given), gathers, -(-c // GROUP), finals)
-    return Geometry(_integers(*words, *work, threads, flags), scratch, rows * width // LANES)
+    return _integers(*words, *work, threads, flags), scratch, rows * width // LANES
 
 
-def _planes(n: int, c: int, s: int, size: int, threads: int, flags: int, given: bool) -> Geometry:
+def _planes(
+    n: int, c: int, s: int, size: int, threads: int, flags: int, given: bool
+) -> tuple[bytes, int, int]:
     block = min(BLOCK, -(-_RUN // (s * size)))
     block = max(1, min(block, _CACHE // (s * size * n), c // threads))
     blocks = -(-c // block)
     # nothing has to be summed: few channels are no reason for idle threads
     parts = max(1, min(n, 4 * threads // blocks)) if given else 1
     words = (n, c, s, block, 0, 0, 0, 0, 0, blocks * parts, 0, 0, 0, 0)
-    return Geometry(_integers(*words, threads, flags), 0, n * c * -(-s // LANES))
+    return _integers(*words, threads, flags), 0, n * c * -(-s // LANES)
 
 
 def _up(number: int, unit: int) -> int:
@@ -173,14 +221,10 @@ def _copies(rows: int, c: int) -> int:
 
 
 def threads_for(x: Tensor) -> int:
-    return 1 if x.numel() < _SERIAL else _compile.threads()
+    return 1 if x.numel() < SERIAL else _compile.threads()
 
 
-def _address(t: Tensor | None) -> int:
-    return 0 if t is None else t.data_ptr()
-
-
-def _scratch(size: int) -> int:
+def scratch(size: int) -> int:
     if size > _local.scratch.numel():
         _local.scratch = torch.empty(size, dtype=torch.uint8)
     return _local.scratch.data_ptr()
@@ -218,7 +262,6 @@ def count_of(x: Tensor, mask: Tensor | None) -> float:
 
 def forward(
     call: Operands,
-    layout: str,
     given: Moments | Held | None,
     *,
     count: float,
@@ -230,37 +273,47 @@ def forward(
 
     ``again`` is what an earlier call kept: the same output once more, bit for bit.
     """
-    x, weight, bias, residual, mask, eps, slope = call
+    layout, x, weight, bias, residual, mask, eps, slope = call
     channels = x.shape[1]
     kept = torch.empty(kept_size(channels), dtype=torch.float64)
     flags = 0 if want_y else ONLY
     held_mean = held_var = 0
-    divisor = max(count, 1.0)
+    divisor = count if count > 1.0 else 1.0
     if again is not None:
         flags |= GIVEN
         kept.copy_(again)
-    elif isinstance(given, Held):
+    elif type(given) is Held:
         flags |= HELD
         held_mean, held_var = given.mean.data_ptr(), given.var.data_ptr()
     elif given is not None:
         flags |= GIVEN
         kept[:channels] = given.mean
-        kept[channels : 2 * channels] = given.var()
+        kept[channels : 2 * channels] = as_moments(given).var()
         divisor = 1.0
-    where = geometry(layout, x.shape, x.element_size(), mask is not None, threads_for(x), flags)
+    act, added, masked = slope is not None, residual is not None, mask is not None
+    form = (layout, x.shape, x.dtype, act, added, masked, threads_for(x), flags)
+    run, words, room, size = recipe("forward", *form, divisor, eps, 1.0 if slope is None else slope)
     y = fresh_like(x) if want_y else torch.empty(0)
-    signs = None
-    if want_signs and residual is not None and slope is not None:
-        signs = torch.empty(where.signs, dtype=torch.int16)
+    signs = torch.empty(size, dtype=torch.int16) if want_signs and added and act else None
     stats = kept.data_ptr()
-    addresses = _pointers(
-        *(x.data_ptr(), y.data_ptr(), 0, 0, _address(residual), 0, _address(signs)),
-        *(_address(mask), _address(weight), _address(bias), stats, held_mean, held_var),
-        *(stats + 16 * channels, _scratch(where.scratch), 0, 0, 0, 0, 0, 0),
+    addresses = pointers(
+        x.data_ptr(),
+        y.data_ptr(),
+        *(0, 0),
+        0 if residual is None else residual.data_ptr(),
+        0,
+        0 if signs is None else signs.data_ptr(),
+        0 if mask is None else mask.data_ptr(),
+        0 if weight is None else weight.data_ptr(),
+        0 if bias is None else bias.data_ptr(),
+        stats,
+        held_mean,
+        held_var,
+        stats + 16 * channels,
+        scratch(room),
+        *(0, 0, 0, 0, 0, 0),
     )
-    numbers = _numbers(divisor, eps, 1.0 if slope is None else slope, 0.0, 0.0)
-    run = _compile.kernel(layout, "forward", _form(call, residual is not None))
-    run(addresses + numbers + where.integers)
+    run(addresses + words)
     return y, kept, signs
 
 
@@ -279,57 +332,57 @@ def negative(signs: Tensor, x: Tensor, masked: bool) -> Tensor:
     return rows.reshape(n, *positions, c).movedim(-1, 1)
 
 
-class Sums(NamedTuple):
-    both: Tensor  # float64 (2, C): Σ dy, Σ dy·x̂
-    weight: Tensor | None
-    bias: Tensor | None
-
-
 def backward(
     dy: Tensor,
     call: Operands,
-    layout: str,
     kept: Tensor,
     signs: Tensor | None,
-    *,
     count: float,
     fixed: bool,
-    totals: Tensor | None = None,
+    *,
+    sums: Tensor | None = None,
+    given: bool = False,
     want_dx: bool = True,
     want_dresidual: bool = False,
-) -> tuple[Tensor | None, Tensor | None, Sums]:
-    """dx, the residual's gradient where it is not dy itself, and the sums."""
-    x, weight, bias, _, mask, eps, slope = call
+) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
+    """dx, dγ, dβ, and the residual's gradient where it is not dy itself.
+
+    ``sums`` (float64, (2, C)) takes Σ dy and Σ dy·x̂, or, ``given``, holds those of all ranks.
+    """
+    layout, x, weight, bias, _, mask, eps, slope = call
     channels = x.shape[1]
-    flags = (0 if want_dx else ONLY) | (FIXED if fixed else 0)
-    dweight = dbias = None
-    if totals is None:
-        sums = torch.empty(2, channels, dtype=torch.float64)
-        dweight = None if weight is None else torch.empty(channels)
-        dbias = None if bias is None else torch.empty(channels)
-    else:
-        sums, flags = totals, flags | TOTALS
-    where = geometry(layout, x.shape, x.element_size(), mask is not None, threads_for(x), flags)
+    flags = (0 if want_dx else ONLY) | (FIXED if fixed else 0) | (TOTALS if given else 0)
+    act, masked = slope is not None, mask is not None
+    form = (layout, x.shape, x.dtype, act, signs is not None, masked, threads_for(x), flags)
+    divisor = count if count > 1.0 else 1.0
+    run, words, room, _ = recipe("backward", *form, divisor, eps, 1.0 if slope is None else slope)
     dx = fresh_like(x) if want_dx else None
-    dresidual = fresh_like(x) if want_dresidual and want_dx else None
+    dresidual = fresh_like(x) if want_dresidual else None
+    dweight = None if weight is None or given else torch.empty(channels)
+    dbias = None if bias is None or given else torch.empty(channels)
     stats = kept.data_ptr()
-    addresses = _pointers(
-        *(x.data_ptr(), 0, dy.data_ptr(), _address(dx), 0, _address(dresidual)),
-        *(_address(signs), _address(mask), 0, 0, stats, 0, 0, stats + 16 * channels),
-        *(_scratch(where.scratch), sums.data_ptr(), _address(dweight), _address(dbias)),
+    place = scratch(room + 16 * channels)
+    addresses = pointers(
+        x.data_ptr(),
+        0,
+        dy.data_ptr(),
+        0 if dx is None else dx.data_ptr(),
+        0,
+        0 if dresidual is None else dresidual.data_ptr(),
+        0 if signs is None else signs.data_ptr(),
+        0 if mask is None else mask.data_ptr(),
+        *(0, 0),
+        stats,
+        *(0, 0),
+        stats + 16 * channels,
+        place,
+        place + room if sums is None else sums.data_ptr(),
+        0 if dweight is None else dweight.data_ptr(),
+        0 if dbias is None else dbias.data_ptr(),
         *(0, 0, 0),
     )
-    numbers = _numbers(max(count, 1.0), eps, 1.0 if slope is None else slope, 0.0, 0.0)
-    run = _compile.kernel(layout, "backward", _form(call, signs is not None))
-    run(addresses + numbers + where.integers)
-    return dx, dresidual, Sums(sums, dweight, dbias)
-
-
-def _form(call: Operands, residual: bool) -> tuple[str, bool, bool, bool]:
-    dtype = "float32" if call.x.dtype == torch.float32 else "bfloat16"
-    if call.mask is not None:
-        return dtype, True, True, True
-    return dtype, call.slope is not None, residual, False
+    run(addresses + words)
+    return dx, dweight, dbias, dresidual
 
 
 def enter(
@@ -342,18 +395,26 @@ def enter(
     correction: float,
 ) -> bool:
     """Enter a batch into a layer's buffers, or nothing of it: whether it was finite."""
-    held = (running_mean, running_var) if tracked is None else (running_mean, running_var, tracked)
-    addresses = _pointers(
-        *(0,) * 10,
-        *(stats.data_ptr(), 0, 0, 0, 0, 0, 0, 0),
-        *(running_mean.data_ptr(), running_var.data_ptr(), _address(tracked)),
-    )
     if momentum is None:  # 1/count, or where nothing is counted, as in PyTorch, no change
         momentum = 0.0 if tracked is None else -1.0
-    numbers = _numbers(0.0, 0.0, 0.0, momentum, correction)
+    run, words = _update(channels, momentum, correction)
+    count = 0 if tracked is None else tracked.data_ptr()
+    mean, var = running_mean.data_ptr(), running_var.data_ptr()
+    addresses = pointers(*_TEN, stats.data_ptr(), *_SEVEN, mean, var, count)
+    if not run(addresses + words):
+        return False
+    if tracked is None:
+        _torch.written(running_mean, running_var)
+    else:
+        _torch.written(running_mean, running_var, tracked)
+    return True
+
+
+_TEN, _SEVEN = (0,) * 10, (0,) * 7
+
+
+@functools.lru_cache(maxsize=4096)
+def _update(channels: int, momentum: float, correction: float) -> tuple[_compile.Run, bytes]:
     integers = _integers(0, channels, *(0,) * (len(INTEGERS) - 2))
-    form = ("float32", False, False, False)
-    done = bool(_compile.kernel("running", "update", form)(addresses + numbers + integers))
-    if done:  # autograd must know that they were written to
-        torch.autograd.graph.increment_version(held)
-    return done
+    run = _compile.kernel("running", "update", ("float32", False, False, False))
+    return run, _numbers(0.0, 0.0, 0.0, momentum, correction) + integers

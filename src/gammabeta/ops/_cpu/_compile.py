@@ -38,6 +38,14 @@ def missing() -> str | None:
     return _missing()
 
 
+def ready() -> bool:
+    """Whether :func:`missing` has said that nothing is; quick."""
+    return _ready
+
+
+_ready = False
+
+
 @functools.cache
 def _missing() -> str | None:
     try:
@@ -48,6 +56,8 @@ def _missing() -> str | None:
         _machine(llvm)
     except Exception as error:
         return f"LLVM does not know this processor ({error})"
+    global _ready
+    _ready = True
     return None
 
 

@@ -53,6 +53,12 @@ def _read(act: str) -> Parsed:
     return name, parameter or None
 
 
+def _how(eps: float, act: str, values: float, fixed: bool, added: bool) -> How:
+    parsed = _read(act)
+    slope = _autograd.slope_of(parsed)
+    return How(eps, parsed, slope, parsed is not None and slope is None, values, fixed, added)
+
+
 def _impl(
     x: Tensor,
     weight: Tensor | None,
@@ -117,7 +123,7 @@ def _backward_impl(
     needed: Sequence[bool],
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     saved = Saved(x, weight, bias, residual, mask, kept, signs if signs.numel() else None)
-    how = How(eps, _read(act), float(kept[-1]), fixed, added)
+    how = _how(eps, act, float(kept[-1]), fixed, added)
     dx, dweight, dbias, dresidual = _autograd.gradients(dy, saved, how, needed)
     # an operator may not give its input back: its caller knows that this gradient is dy
     dresidual = None if dresidual is dy else dresidual
@@ -180,7 +186,7 @@ def _differentiate(ctx: Any, dy: Tensor, *rest: Tensor | None) -> tuple[Tensor |
     found: tuple[Tensor | None, ...]
     if torch.is_grad_enabled():
         saved = Saved(x, weight, bias, residual, mask, kept, signs if signs.numel() else None)
-        how = How(ctx.eps, _read(ctx.act), 0.0, ctx.fixed, ctx.added)
+        how = _how(ctx.eps, ctx.act, 0.0, ctx.fixed, ctx.added)
         found = _autograd.differentiable(dy, saved, how)
     else:
         call = (dy, x, weight, bias, residual, mask, kept, signs)
