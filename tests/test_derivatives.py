@@ -5,6 +5,7 @@ import pytest
 import torch
 from torch.autograd import grad, gradcheck, gradgradcheck
 from torch.nn import functional as F
+from torch.utils._pytree import tree_leaves
 
 import gammabeta as gb
 
@@ -64,6 +65,21 @@ def _given(channels):
     return gb.Moments.given(mean, mean + 1)
 
 
+def _assert_near(ours, theirs, what="", share=1e-9):
+    """float32 as near to the plain formula in float64 as its digits allow, relative to the largest
+    value of a tensor, since all are sums; ``share`` for float64.
+    """
+    share = share if ours.dtype == torch.float64 else 2e-5
+    atol = share * max(theirs.abs().max().item(), 1e-3)
+    torch.testing.assert_close(
+        ours.double(), theirs.double(), rtol=share, atol=atol, msg=lambda m: f"{what}: {m}"
+    )
+
+
+def _double(value):
+    return value.double() if torch.is_tensor(value) and value.is_floating_point() else value
+
+
 VARIANTS = {
     "affine": {},
     "plain": {"affine": False},
@@ -73,7 +89,8 @@ VARIANTS = {
 }
 
 
-@pytest.mark.parametrize("backend", cases.BACKENDS)
+# gradcheck takes float64 only; the test after next compares the kernels with what passes this one
+@pytest.mark.parametrize("backend", cases.DOUBLE)
 @pytest.mark.parametrize("variant", VARIANTS)
 @pytest.mark.parametrize("act", PLAIN, ids=str)
 def test_first_and_second_derivatives_are_those_of_the_function(act, variant, backend):
@@ -96,7 +113,7 @@ def test_first_and_second_derivatives_are_those_of_the_function(act, variant, ba
     assert gradgradcheck(function, operands, check_batched_grad=True)
 
 
-@pytest.mark.parametrize("backend", cases.BACKENDS)
+@pytest.mark.parametrize("backend", cases.DOUBLE)
 @pytest.mark.parametrize("act", [None, "relu", "silu"], ids=str)
 @pytest.mark.parametrize("inference", [False, True], ids=["training", "inference"])
 def test_forward_mode_is_the_derivative_too(act, inference, backend):
@@ -111,14 +128,49 @@ def test_forward_mode_is_the_derivative_too(act, inference, backend):
     assert gradgradcheck(function, operands, check_fwd_over_rev=True, check_rev_over_rev=True)
 
 
+@pytest.mark.parametrize(
+    ("backend", "layout"), [("cpu", "contiguous"), ("cpu", "channels_last"), ("auto", "sliced")]
+)
+@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("act", PLAIN, ids=str)
+def test_two_derivatives_of_float32_are_those_of_the_reference_in_float64(
+    act, variant, backend, layout
+):
+    options = dict(VARIANTS[variant])
+    moments = _given(2) if options.pop("given", False) else None
+    call = _call((4, 2, 2, 3), dtype=torch.float32, layout=layout, **options)
+    cases.require(backend, call.x, mask=call.mask)
+    probes = torch.randn_like(call.x, dtype=torch.float64)
+
+    def two(call, backend):
+        operands = cases.leaves(call)
+        y, _ = gb.batch_norm(
+            operands["x"], operands.get("weight"), operands.get("bias"),
+            residual=operands.get("residual"), mask=call.mask,
+            moments=moments, eps=1e-3, act=act, backend=backend,
+        )  # fmt: skip
+        dy = call.dy.clone().requires_grad_()
+        leaves = list(operands.values())
+        first = grad(y, leaves, dy, create_graph=True)
+        scalar = sum((g.double().pow(2) * (probes if g.dim() > 1 else 1)).sum() for g in first)
+        second = grad(scalar, (*leaves, dy), materialize_grads=True)
+        names = ["y", *(f"d{k}" for k in operands), *(f"d²{k}" for k in (*operands, "dy"))]
+        return zip(names, (y, *first, *second), strict=True)
+
+    theirs = two(cases.Call(*map(_double, call)), "reference")
+    for (name, a), (_, b) in zip(two(call, backend), theirs, strict=True):
+        _assert_near(a, b, name)
+
+
 @pytest.mark.parametrize("backend", cases.BACKENDS)
 @pytest.mark.parametrize("act", SMOOTH, ids=str)
 def test_derivatives_up_to_the_third_are_those_of_the_plain_formula(act, backend):
     # PyTorch's own op is silently wrong from the third on: its second holds the statistics fixed.
-    call = _call((3, 2, 2))
+    call = _call((3, 2, 2), dtype=cases.dtype(backend))
+    cases.require(backend, call.x)
     probes = [torch.randn_like(call.x) for _ in range(3)]
 
-    def towers(function):
+    def towers(function, call):
         x = call.x.clone().requires_grad_()
         weight = call.weight.clone().requires_grad_()
         scalar = (function(x, weight, call.bias).pow(2) * probes[0]).sum()
@@ -130,32 +182,34 @@ def test_derivatives_up_to_the_third_are_those_of_the_plain_formula(act, backend
                 scalar = (dx * probe).sum() + dweight.pow(3).sum()
         return found
 
-    ours = towers(lambda *a: gb.batch_norm(*a, eps=1e-2, act=act, backend=backend)[0])
-    theirs = towers(lambda *a: plain(*a, eps=1e-2, act=act))
+    ours = towers(lambda *a: gb.batch_norm(*a, eps=1e-2, act=act, backend=backend)[0], call)
+    theirs = towers(lambda *a: plain(*a, eps=1e-2, act=act), cases.Call(*map(_double, call)))
     for a, b in zip(ours, theirs, strict=True):
-        torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-9 * b.abs().max().item())
+        _assert_near(a, b)
 
 
 @pytest.mark.parametrize("backend", cases.BACKENDS)
 @pytest.mark.parametrize("act", PLAIN, ids=str)
 def test_a_gradient_penalty_has_the_gradient_of_the_plain_formula(act, backend):
-    call = _call((5, 3, 4))
+    call = _call((5, 3, 4), dtype=cases.dtype(backend))
+    cases.require(backend, call.x)
 
-    def penalty(function):
+    def penalty(function, call):
         x, weight = call.x.clone().requires_grad_(), call.weight.clone().requires_grad_()
         (dx,) = grad((function(x, weight, call.bias) * call.dy).sum(), x, create_graph=True)
         return grad(dx.square().sum(), (x, weight))
 
-    ours = penalty(lambda *a: gb.batch_norm(*a, act=act, backend=backend)[0])
-    theirs = penalty(lambda *a: plain(*a, act=act))
+    ours = penalty(lambda *a: gb.batch_norm(*a, act=act, backend=backend)[0], call)
+    theirs = penalty(lambda *a: plain(*a, act=act), cases.Call(*map(_double, call)))
     for a, b in zip(ours, theirs, strict=True):
-        torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-9 * b.abs().max().item())
+        _assert_near(a, b)
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
 @pytest.mark.parametrize("garbage", [float("nan"), float("inf")], ids=str)
 @pytest.mark.parametrize("act", PLAIN, ids=str)
-def test_what_lies_behind_the_mask_leaks_into_no_derivative(act, garbage):
-    call = cases.call((4, 3, 5), mask=True, residual=True)
+def test_what_lies_behind_the_mask_leaks_into_no_derivative(act, garbage, dtype):
+    call = cases.call((4, 3, 5), mask=True, residual=True, dtype=dtype)
 
     def derivatives(x, residual):
         x, residual = x.clone().requires_grad_(), residual.clone().requires_grad_()
@@ -210,15 +264,17 @@ def _loss(norm, dy):
 @pytest.mark.parametrize("act", [None, "relu", "gelu"], ids=str)
 @pytest.mark.parametrize("inference", [False, True], ids=["training", "inference"])
 def test_every_transform_of_torch_func_agrees_with_the_plain_formula(inference, act, backend):
-    call = _call((4, 3, 2))
-    batches = torch.stack([cases.call((4, 3, 2), seed=seed).x for seed in range(5, 8)])
+    call = _call((4, 3, 2), dtype=cases.dtype(backend))
+    cases.require(backend, call.x)
+    more = [cases.call((4, 3, 2), seed=seed, dtype=call.x.dtype).x for seed in range(5, 8)]
     moments = _given(3) if inference else None
-    operands = (call.x, call.weight, call.bias)
-    tangents = tuple(torch.randn_like(t) for t in operands)
+    tangents = tuple(torch.randn_like(t) for t in (call.x, call.weight, call.bias))
     func = torch.func
 
-    def results(norm):
-        loss = _loss(norm, call.dy)
+    def results(norm, change):
+        dy, batches = change(call.dy), change(torch.stack(more))
+        operands = tuple(change(t) for t in (call.x, call.weight, call.bias))
+        loss = _loss(norm, dy)
         shared = (0, None, None)
         yield "grad", func.grad(loss, argnums=(0, 1, 2))(*operands)
         yield "vmap", func.vmap(norm, in_dims=shared)(batches, *operands[1:])
@@ -230,8 +286,8 @@ def test_every_transform_of_torch_func_agrees_with_the_plain_formula(inference, 
             "vmap of grad",
             func.vmap(func.grad(loss, argnums=(0, 1)), in_dims=shared)(batches, *operands[1:]),
         )
-        yield "jvp", func.jvp(norm, operands, tangents)
-        yield "vjp", func.vjp(norm, *operands)[1](call.dy)
+        yield "jvp", func.jvp(norm, operands, tuple(map(change, tangents)))
+        yield "vjp", func.vjp(norm, *operands)[1](dy)
         yield "jacrev", func.jacrev(norm)(*operands)
         yield "jacfwd", func.jacfwd(norm)(*operands)
         yield "hessian", func.hessian(loss, argnums=(0, 1))(*operands)
@@ -242,12 +298,17 @@ def test_every_transform_of_torch_func_agrees_with_the_plain_formula(inference, 
     def theirs(x, weight, bias):
         return plain(x, weight, bias, moments=moments, act=act)
 
-    for (name, a), (_, b) in zip(results(ours), results(theirs), strict=True):
-        torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-9, msg=lambda m, n=name: f"{n}: {m}")
+    found, truth = results(ours, lambda t: t), results(theirs, _double)
+    for (name, a), (_, b) in zip(found, truth, strict=True):
+        for one, other in zip(tree_leaves(a), tree_leaves(b), strict=True):
+            _assert_near(one, other, name)
 
 
-def test_vmap_takes_a_mask_and_moments_for_each_batch():
-    calls = [cases.call((4, 3, 2), mask=True, residual=True, seed=seed) for seed in range(3)]
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
+def test_vmap_takes_a_mask_and_moments_for_each_batch(dtype):
+    calls = [
+        cases.call((4, 3, 2), mask=True, residual=True, seed=seed, dtype=dtype) for seed in range(3)
+    ]
     xs, masks, residuals = (
         torch.stack([getattr(c, k) for c in calls]) for k in ("x", "mask", "residual")
     )
@@ -258,9 +319,9 @@ def test_vmap_takes_a_mask_and_moments_for_each_batch():
     y, moments = torch.func.vmap(function)(xs, masks, residuals)
     for i in range(3):
         one, seen = function(xs[i], masks[i], residuals[i])
-        torch.testing.assert_close(y[i], one, rtol=1e-12, atol=1e-12)
+        _assert_near(y[i], one, "y", share=1e-12)
         for a, b in zip(moments, seen, strict=True):
-            torch.testing.assert_close(a[i], b, rtol=1e-12, atol=1e-12)
+            _assert_near(a[i].to(dtype), b, "moments", share=1e-12)
 
 
 def test_per_sample_gradients_of_an_inference_pass():
