@@ -675,6 +675,14 @@ def test_the_command_explains_rules(capsys):
     assert out == explain("BN004") + "\n"
 
 
+def test_the_help_has_examples_at_80_columns(capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "80")
+    code, out, err = command(capsys, "--help")
+    assert (code, err) == (0, "")
+    assert all(len(line) <= 80 for line in out.splitlines())
+    assert "    gammabeta check --explain BN004" in out
+
+
 @pytest.mark.parametrize(
     ("words", "said"),
     [

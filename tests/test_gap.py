@@ -374,6 +374,21 @@ def test_outputs_need_not_be_one_tensor():
     assert [row.gap for row in silent] == [row.gap for row in plain]
 
 
+def test_a_head_that_runs_in_training_alone_is_left_out():
+    class Auxiliary(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.body, self.head = planted("stale")[0], nn.BatchNorm1d(3).double()
+
+        def forward(self, x):
+            y = self.body(x)
+            return {"main": y[:, :2], "head": self.head(y)} if self.training else {"main": y}
+
+    table = gb.gap(Auxiliary().train(), data(4))
+    assert [row.name for row in table] == ["body.1", "body.4", "body.7"]
+    assert table.output == gb.gap(planted("stale")[0], data(4)).output
+
+
 def test_the_table_is_at_most_80_wide_and_tells_the_cure():
     model, batches, keywords = planted("domain")
     long = nn.Sequential()

@@ -102,7 +102,7 @@ def differs(evidence: Evidence) -> Found | None:
     bad in validation, or the loss jumps when the mode is switched.
 
     **Fires** where the systematic difference in a layer's output, or in the model's, is above 5 %
-    of its standard deviation, and twice above what chance makes of it. Measured by `gb.gap`, which
+    of its standard deviation, and 2.4 times what chance makes of it. Measured by `gb.gap`, which
     names the cause, between eight parts of the batch (fewer, where these had less than 16 values
     per channel) or, more exactly, between several `batches=`: of n of them, chance is the noise of
     one divided by √n. Not before the first batch of training, nor where BN004 says it all. Values:
@@ -123,8 +123,8 @@ def differs(evidence: Evidence) -> Found | None:
     Source: Wu & Johnson 2021, arXiv:2105.07576, section 3.
     """
     _ = evidence.batch
-    if not any(pair(layer) for layer in evidence.updating.values()):
-        raise Untried("no layer is both normalized by the batch and updated in training")
+    if not any(pair(evidence.updating[n]) for n in evidence.seen.calls if n in evidence.updating):
+        raise Untried("no layer that the batch reaches is updated in training")
     counts = [evidence.counted(name) for name in evidence.updating]
     if evidence.given.training and evidence.initial >= set(evidence.updating) and not any(counts):
         raise Untried("no batch of training has entered the running statistics yet")
@@ -155,7 +155,7 @@ def _matters(row: LayerGap, batches: int) -> bool:
     """Chance in the squared difference is about noise²/batches, and few tell the noise badly."""
     noise = row.parts["noise"] * row.gap if math.isfinite(row.gap) else 0.0
     chance = noise / batches * (1 + 4 / (batches - 1))
-    return row.systematic > _GAP and row.systematic**2 > 4 * chance
+    return row.systematic > _GAP and row.systematic**2 > 6 * chance
 
 
 def momentum(evidence: Evidence) -> Found | None:

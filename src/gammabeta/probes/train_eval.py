@@ -1,8 +1,9 @@
 """The train/eval gap: how far eval mode is from training mode, and what of it comes from where.
 
 Let y_T be what a layer puts out in training mode (each batch normalized by its own statistics; no
-dropout, whose noise is wanted) and y_E what it puts out in eval mode, in the same network on the
-same batch, so that the layers before it take part. With D = y_E − y_T,
+dropout, whose noise is wanted, nor anything else that the mode of other modules switches) and y_E
+what it puts out in eval mode, in the same network on the same batch, so that the layers before it
+take part. With D = y_E − y_T,
 
     gap = rms(D) / s,        s = the standard deviation of y_T (rms over channels).
 
@@ -254,9 +255,9 @@ def _table(modes: Modes, batches: list[Any], path: list[Step]) -> GapTable:
             statistics = {**modes.actual, **folds[number % 2]}
             if not _same(statistics, last):
                 reached, last = modes.outputs(batch, statistics), statistics
-            for key, y in reached.items():
-                delta = y.double() - goal[key].double()
-                sums[key[0]].along[place] += float((delta * away[key]).sum())
+            for key, d in away.items():
+                delta = reached[key].double() - goal[key].double()
+                sums[key[0]].along[place] += float((delta * d).sum())
     if not values:
         raise ValueError(
             "gap: expected batches that reach a batch normalization, got none whose forward "
