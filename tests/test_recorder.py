@@ -145,19 +145,21 @@ def test_the_schedule_is_thinned_to_the_limit(limit):
     assert 0.6 * limit < rec.overhead < 1.3 * limit
 
 
-def test_what_a_process_meets_for_the_first_time_is_no_cost_of_the_recorder():
-    def probe(step, memory):
-        time.sleep(0.01 if "warm" in memory else 0.5)
-        memory["warm"] = True
-        return {}
+def test_what_a_process_meets_but_once_is_no_cost_of_the_recorder():
+    class Compiled(nn.Module):
+        met = False
 
-    rec = gb.Recorder(mlp(), every=2, probes=(probe,), max_overhead=None)
-    for _ in range(10):
+        def forward(self, x):
+            time.sleep(0 if Compiled.met else 0.5)
+            Compiled.met = True
+            return x
+
+    net = nn.Sequential(mlp(), Compiled())
+    rec = gb.Recorder(net, every=2, max_overhead=None)
+    for _ in range(4):
         rec.step(cross_entropy, batch_for(mlp()))
-        time.sleep(0.01)
-    record = rec.record()
-    assert record.series["seconds"].values[0] > 0.5
-    assert rec.overhead < 1.5
+    assert max(rec.record().series["seconds"].values) < 0.4
+    assert rec.overhead < 0.8  # of the loop, that half a second
 
 
 def test_without_a_limit_nothing_is_skipped():

@@ -57,8 +57,9 @@ class Recorder:
     A record is due at every step that `every` names. The first two are always taken; a later one
     is skipped where it would bring `overhead` above `max_overhead`, and counted in `skipped`.
     `overhead` is the time that records took by the time of the rest of the loop, whatever that
-    does between the calls of `step`. The first record counts with no more than the second took:
-    what it meets for the first time, the training would have met a moment later.
+    does between the calls of `step`. What a process meets but once, such as kernels that are
+    compiled, the training would have met a moment later without a recorder: the first record runs
+    forward and backward twice, and what the first of these takes longer does not count.
 
     Under DistributedDataParallel, and wherever several processes train, rank 0 alone measures and
     writes: statistics, loss and gradients of its own part of each batch. Where layers share their
@@ -206,7 +207,10 @@ class Recorder:
         if not self._is_due(number) or not self._measures():
             return None
         with self._clock:
-            step = Step(self._model, loss_fn, batch, optimizer=self._optimizer, forward=forward)
+            build = partial(
+                Step, self._model, loss_fn, batch, optimizer=self._optimizer, forward=forward
+            )
+            step = build() if self._clock.records else self._first(build)
             values, plain, errors = self._observe(step)
             row: dict[str, Any] = {"step": number, **self._clock.costs()}
             if "_measured" in vars(step):  # else it would cost a forward and a backward pass
@@ -269,6 +273,20 @@ class Recorder:
         self.skipped += not fine
         return fine
 
+    def _first(self, build: Callable[[], Step]) -> Step:
+        """The first step that is measured, once what a process meets but once has been met."""
+        took = []
+        for _ in range(2):
+            step = build()
+            started = self._clock.now()
+            try:
+                _ = step.loss
+            except Exception:
+                return step  # the probes will meet it, and it is told as theirs
+            took.append(self._clock.now() - started)
+        self._clock.give_back(max(took[0] - took[1], 0.0))
+        return step
+
     def _observe(self, step: Step) -> tuple[Values, dict[str, dict[str, Any]], dict[str, str]]:
         values: Values = {}
         plain: dict[str, dict[str, Any]] = {}
@@ -309,19 +327,15 @@ class Recorder:
 
 
 class _Clock:
-    """What the records cost, beside the time of the loop around them.
-
-    What a process meets for the first time, such as kernels that are compiled, the first record
-    pays for the training, which would have had to pay it a moment later. So the first record
-    counts with no more than the second one took.
-    """
+    """What the records cost, beside the time of the loop around them."""
 
     def __init__(self, model: nn.Module, loop: float = 0.0, spent: float = 0.0) -> None:
         self.spent = spent
         self._before = loop  # of earlier processes
         self._model = model
         self._began: float | None = None
-        self._calls = self._records = 0
+        self.records = 0
+        self._calls = 0
         self._here = self._latest = self._entered = 0.0
 
     def start(self) -> None:
@@ -341,28 +355,27 @@ class _Clock:
 
     def next_overhead(self) -> float:
         """What it would be after one more record like the latest."""
-        if self._records < 2:
+        if self.records < 2:
             return 0.0
         return self._share(self.spent + self._latest, self.loop())
 
     def costs(self) -> dict[str, float]:
         """Of the record that is being taken, for the record itself."""
-        cost = self._now() - self._entered
+        cost = self.now() - self._entered
         found = {"seconds": encoded(cost)}
         if self._calls > 1 or self._before > 0:
-            spent = self.spent - self._excess(cost) + cost
-            found["overhead"] = encoded(self._share(spent, self.loop(self._entered)))
+            found["overhead"] = encoded(self._share(self.spent + cost, self.loop(self._entered)))
         return found
 
     def _share(self, spent: float, loop: float) -> float:
         # nothing can be said of a loop that has not been once around
         return spent / loop if self._calls > 1 or self._before > 0 else 0.0
 
-    def _excess(self, cost: float) -> float:
-        """What the first record took more than the second, which takes `cost`."""
-        return max(self._latest - cost, 0.0) if self._records == 1 else 0.0
+    def give_back(self, seconds: float) -> None:
+        """Count this much of the record that is being taken as the loop's."""
+        self._entered += seconds
 
-    def _now(self) -> float:
+    def now(self) -> float:
         """The time when the device has done what it was given: what came before is not ours."""
         device = next((p.device for p in self._model.parameters()), None)
         accelerator = torch.accelerator.current_accelerator()
@@ -371,14 +384,14 @@ class _Clock:
         return time.perf_counter()
 
     def __enter__(self) -> None:
-        self._entered = self._now()
+        self._entered = self.now()
 
     def __exit__(self, *_: object) -> None:
         cost = time.perf_counter() - self._entered
         self._here += cost
-        self.spent += cost - self._excess(cost)
+        self.spent += cost
         self._latest = cost
-        self._records += 1
+        self.records += 1
 
 
 def _by_name(probes: Sequence[str | Probe]) -> dict[str, Probe]:
