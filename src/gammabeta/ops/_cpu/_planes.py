@@ -63,20 +63,6 @@ class _Stage(Kernel):
         with self.loop(self.c0, self.c1, 8) as c:
             yield c, c - self.c0, self.below(self.c1 - c, 8)
 
-    def outward(self, base: Value, place: Value, step: Step) -> None:
-        """:meth:`along` a whole plane that is written to ``base``.
-
-        Where the output goes past the cache, whole vectors are to begin at their own multiples.
-        Signs are kept for 16 positions from a multiple of 16 on; then all rows begin at one.
-        """
-        lead = self.i64(0)
-        if self.streaming and not (self.form.residual or self.form.masked):
-            address = self.at(base, place, self.size).to(I64, "ptrtoint") // self.size
-            lead = self.least((self.i64(0) - address) & (LANES - 1), self.s)
-            with self.when(self.i64(0) < lead):
-                step(self.i64(0), 0, self.below(lead))
-        self.along(lead, self.s, step)
-
     def along(self, first: Value, end: Value, step: Step) -> None:
         """``step(position, accumulator, lanes)`` over positions, four vectors at a time."""
         fours = first + (end - first) // 64 * 64
@@ -144,7 +130,8 @@ def forward(module: ir.Module, form: Form) -> None:
                     k.keep(value, k.local, at + BLOCK * i, lanes)
                     with k.when(part.equals(0)):
                         k.keep(value, plan, c + k.c * i, lanes)
-            k.twice(lambda: _normalize_planes(k))
+            with k.planes() as (n, c, place):
+                _normalize_plane(k, n, c, place)
     k.end()
     parallel(module, [(k, "items")], form)
 
@@ -229,17 +216,15 @@ def _exact(module: ir.Module, form: Form) -> Kernel:
     return k
 
 
-def _normalize_planes(k: _Stage) -> None:
-    x, y = k.words("x y")
-    with k.planes() as (n, c, place):
-        plan = k.local_plan(c)
-        row = (n * k.c + c) * ((k.s + 15) // 16)  # in the signs: 16 positions a word
+def _normalize_plane(k: _Stage, n: Value, c: Value, place: Value) -> None:
+    x, plan = k.word("x"), k.local_plan(c)
+    row = (n * k.c + c) * ((k.s + 15) // 16)  # in the signs: 16 positions a word
 
-        def step(j: Value, u: int, lanes: Value | None) -> None:
-            z = k.normalize(k.get(x, place + j, lanes), plan)
-            k.output(z, place + j, row + j // 16, lanes, k.valid_at(n, j, lanes))
+    def step(j: Value, u: int, lanes: Value | None) -> None:
+        z = k.normalize(k.get(x, place + j, lanes), plan)
+        k.output(z, place + j, row + j // 16, lanes, k.valid_at(n, j, lanes))
 
-        k.outward(y, place, step)
+    k.along(k.i64(0), k.s, step)
 
 
 def backward(module: ir.Module, form: Form) -> None:
@@ -264,23 +249,19 @@ def backward(module: ir.Module, form: Form) -> None:
                 for i in (0, 1):
                     value = k.doubles(sums, c + k.c * i, VF64, lanes)
                     k.keep(k.mean_of(value), means, at + BLOCK * i, lanes)
-            k.twice(lambda: _gradient_planes(k, means))
+            with k.planes() as (n, c, place):
+                pair = _terms(k, n, c, place)
+                local = k.local_plan(c)
+                both = [k.spread(means, c - k.c0 + BLOCK * i) for i in (0, 1)]
+
+                def step(j: Value, u: int, lanes: Value | None) -> None:
+                    dz, xhat = pair(j, lanes)
+                    valid = k.valid_at(n, j, lanes)
+                    k.gradients(place + j, dz, xhat, local, both, lanes, valid)
+
+                k.along(k.i64(0), k.s, step)
     k.end()
     parallel(module, [(k, "items")], form)
-
-
-def _gradient_planes(k: _Stage, means: Value) -> None:
-    with k.planes() as (n, c, place):
-        pair = _terms(k, n, c, place)
-        local = k.local_plan(c)
-        both = [k.spread(means, c - k.c0 + BLOCK * i) for i in (0, 1)]
-
-        def step(j: Value, u: int, lanes: Value | None) -> None:
-            dz, xhat = pair(j, lanes)
-            valid = k.valid_at(n, j, lanes)
-            k.gradients(place + j, dz, xhat, local, both, lanes, valid)
-
-        k.outward(k.word("dx"), place, step)
 
 
 def _terms(k: _Stage, n: Value, c: Value, place: Value) -> Pair:
