@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
+import os
 import struct
 import threading
 from typing import NamedTuple
@@ -17,7 +18,7 @@ from gammabeta.ops._cpu import _compile
 from gammabeta.ops._seen import Held, as_moments
 
 # flags of the kernels: see _operands, which needs LLVM to be imported
-GIVEN, HELD, ONLY, TOTALS, FIXED = 1, 2, 4, 8, 16
+GIVEN, HELD, ONLY, TOTALS, FIXED, STREAM = 1, 2, 4, 8, 16, 32
 POINTERS = (
     *("x", "y", "dy", "dx", "residual", "dresidual", "bits", "mask", "weight", "bias"),
     "stats",  # float64 (2, C): mean, sum of squared deviations
@@ -46,8 +47,8 @@ GROUP = 64  # pixels: channels in an item of the second stage
 LANES = 16
 PARTS = 8  # pixels: float32 rows in scratch: a value near the mean, the plan, two means
 SERIAL = 32768  # elements, below which a second thread costs more than it saves
-_RUN = 4096  # bytes that lie side by side, at least, in what a thread reads
-_CACHE = 600_000  # bytes of one operand that stay in the second cache with the others
+_RUN = 32768  # bytes that lie side by side, at least, in what a thread reads
+_CACHE = 1_200_000  # bytes of a block, at most, as long as it is not one channel
 _STRIP = 1 << 18  # bytes in a strip
 _HUGE = 4 << 20  # bytes, from which on memory is asked for in large pages
 
@@ -200,7 +201,9 @@ def _planes(
     n: int, c: int, s: int, size: int, threads: int, flags: int, given: bool
 ) -> tuple[bytes, int, int]:
     block = min(BLOCK, -(-_RUN // (s * size)))
-    block = max(1, min(block, _CACHE // (s * size * n), c // threads))
+    # what is read once goes in the order of memory
+    block = BLOCK if given else max(1, min(block, _CACHE // (s * size * n)))
+    block = max(1, min(block, c // threads))
     blocks = -(-c // block)
     # nothing has to be summed: few channels are no reason for idle threads
     parts = max(1, min(n, 4 * threads // blocks)) if given else 1
@@ -237,6 +240,27 @@ def fresh_like(x: Tensor) -> Tensor:
     if size >= _HUGE:
         _compile.advise(made.data_ptr(), size)
     return made
+
+
+def _streams(x: Tensor, layout: str) -> int:
+    """STREAM, for an output that with its inputs is more than the last cache holds.
+
+    Whole vectors are then stored at multiples of their size, where all rows begin at one; entering
+    rows with a shorter vector cost more than it saved.
+    """
+    row = x.shape[1] if layout == "pixels" else x.numel() // (x.shape[0] * x.shape[1])
+    return STREAM if 3 * x.nbytes > _LAST_CACHE and row % LANES == 0 else 0
+
+
+def _last_cache() -> int:
+    """Bytes of the largest cache, as the system tells; else what is usual."""
+    try:
+        return os.sysconf("SC_LEVEL3_CACHE_SIZE") or 1 << 25
+    except (AttributeError, ValueError, OSError):
+        return 1 << 25
+
+
+_LAST_CACHE = _last_cache()
 
 
 def kept_size(channels: int) -> int:
@@ -291,6 +315,7 @@ def forward(
         kept[channels : 2 * channels] = as_moments(given).var()
         divisor = 1.0
     act, added, masked = slope is not None, residual is not None, mask is not None
+    flags |= _streams(x, layout)
     form = (layout, x.shape, x.dtype, act, added, masked, threads_for(x), flags)
     run, words, room, size = recipe("forward", *form, divisor, eps, 1.0 if slope is None else slope)
     y = fresh_like(x) if want_y else torch.empty(0)
@@ -353,6 +378,7 @@ def backward(
     channels = x.shape[1]
     flags = (0 if want_dx else ONLY) | (FIXED if fixed else 0) | (TOTALS if given else 0)
     act, masked = slope is not None, mask is not None
+    flags |= _streams(x, layout)
     form = (layout, x.shape, x.dtype, act, signs is not None, masked, threads_for(x), flags)
     divisor = count if count > 1.0 else 1.0
     run, words, room, _ = recipe("backward", *form, divisor, eps, 1.0 if slope is None else slope)

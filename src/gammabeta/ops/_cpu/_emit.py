@@ -237,6 +237,12 @@ class Function:
         name = f"llvm.masked.load.{_suffix(t)}.p0"
         return self.call(name, t, place, self.const(I32, align), lanes, zero)
 
+    def stream(self, value: Value, place: Value, align: int) -> None:
+        """Store past the cache; the place must be aligned as ``align`` says."""
+        instruction = self.b.store(value.v, place.v, align=align)
+        mark = self.module.add_metadata([ir.Constant(I32, 1)])
+        instruction.set_metadata("nontemporal", mark)
+
     def store(self, value: Value, place: Value, align: int, lanes: Value | None = None) -> None:
         if lanes is None:
             self.b.store(value.v, place.v, align=align)

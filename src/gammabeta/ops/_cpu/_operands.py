@@ -7,12 +7,12 @@ from sums to a mean and a variance, from these to the coefficients of a channel,
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import NamedTuple
 
 from llvmlite import ir
 
-from gammabeta.ops._cpu._calls import FIXED, HELD, INTEGERS, LANES, NUMBERS, POINTERS
+from gammabeta.ops._cpu._calls import FIXED, HELD, INTEGERS, LANES, NUMBERS, POINTERS, STREAM
 from gammabeta.ops._cpu._emit import (
     F32,
     F64,
@@ -61,6 +61,7 @@ class Kernel(Function):
         self.form = form
         self.size = 4 if form.dtype == "float32" else 2
         self.zero = self.const(VF32, 0.0)
+        self.streaming = False
         self._words: dict[str, Value] = {}
 
     def word(self, name: str) -> Value:
@@ -93,15 +94,35 @@ class Kernel(Function):
 
     def put(self, value: Value, base: Value, i: Value, lanes: Value | None = None) -> None:
         place = self.at(base, i, self.size)
-        if self.form.dtype == "float32":
-            self.store(value, place, 4, lanes)
-            return
+        if self.form.dtype != "float32":
+            value = self._rounded(value)
+        if self.streaming and lanes is None:
+            self.stream(value, place, LANES * self.size)
+        else:
+            self.store(value, place, self.size, lanes)
+
+    def _rounded(self, value: Value) -> Value:
+        """bfloat16, as 16-bit words."""
         # round to nearest, ties to even; a NaN stays one
         raw = value.to(vector(I32), "bitcast")
         rounded = (raw + 0x7FFF + ((raw >> 16) & 1)) >> 16
         quiet = self.const(vector(I32), 0x7FC0)
         raw = self.select(value.differs(value), quiet, rounded)
-        self.store(raw.to(vector(I16), "trunc"), place, 2, lanes)
+        return raw.to(vector(I16), "trunc")
+
+    def twice(self, body: Callable[[], None]) -> None:
+        """Emit ``body`` for outputs that go past the cache, and for those that stay in it.
+
+        A large output would drive out of the cache what is still to be read, and be read itself
+        before it is written to.
+        """
+        with self.b.if_else(self.flag(STREAM).v) as (past, into):
+            with past:
+                self.streaming = True
+                body()
+                self.streaming = False
+            with into:
+                body()
 
     def floats(self, base: Value, i: Value, t: Type = VF32, lanes: Value | None = None) -> Value:
         return self.load(self.at(base, i, 4), t, 4, lanes)

@@ -260,7 +260,7 @@ def _outputs(k: _Matrix) -> None:
         k.down(row, rows, step)
 
     with k.strips(reverse=True) as (_, first, end):
-        k.tiles(first, end, tile)
+        k.twice(lambda: k.tiles(first, end, tile))
 
 
 def backward(module: ir.Module, form: Form) -> None:
@@ -313,7 +313,7 @@ def backward(module: ir.Module, form: Form) -> None:
         third.down(row, rows, step)
 
     with third.strips(reverse=True) as (_, start, end):
-        third.tiles(start, end, tile)
+        third.twice(lambda: third.tiles(start, end, tile))
     third.end()
     stages = [(plans, "groups"), (first, "gathers"), (second, "groups"), (third, "finals")]
     parallel(module, stages, form)

@@ -130,8 +130,7 @@ def forward(module: ir.Module, form: Form) -> None:
                     k.keep(value, k.local, at + BLOCK * i, lanes)
                     with k.when(part.equals(0)):
                         k.keep(value, plan, c + k.c * i, lanes)
-            with k.planes() as (n, c, place):
-                _normalize_plane(k, n, c, place)
+            k.twice(lambda: _normalize_planes(k))
     k.end()
     parallel(module, [(k, "items")], form)
 
@@ -216,15 +215,17 @@ def _exact(module: ir.Module, form: Form) -> Kernel:
     return k
 
 
-def _normalize_plane(k: _Stage, n: Value, c: Value, place: Value) -> None:
-    x, plan = k.word("x"), k.local_plan(c)
-    row = (n * k.c + c) * ((k.s + 15) // 16)  # in the signs: 16 positions a word
+def _normalize_planes(k: _Stage) -> None:
+    x = k.word("x")
+    with k.planes() as (n, c, place):
+        plan = k.local_plan(c)
+        row = (n * k.c + c) * ((k.s + 15) // 16)  # in the signs: 16 positions a word
 
-    def step(j: Value, u: int, lanes: Value | None) -> None:
-        z = k.normalize(k.get(x, place + j, lanes), plan)
-        k.output(z, place + j, row + j // 16, lanes, k.valid_at(n, j, lanes))
+        def step(j: Value, u: int, lanes: Value | None) -> None:
+            z = k.normalize(k.get(x, place + j, lanes), plan)
+            k.output(z, place + j, row + j // 16, lanes, k.valid_at(n, j, lanes))
 
-    k.along(k.i64(0), k.s, step)
+        k.along(k.i64(0), k.s, step)
 
 
 def backward(module: ir.Module, form: Form) -> None:
@@ -249,19 +250,23 @@ def backward(module: ir.Module, form: Form) -> None:
                 for i in (0, 1):
                     value = k.doubles(sums, c + k.c * i, VF64, lanes)
                     k.keep(k.mean_of(value), means, at + BLOCK * i, lanes)
-            with k.planes() as (n, c, place):
-                pair = _terms(k, n, c, place)
-                local = k.local_plan(c)
-                both = [k.spread(means, c - k.c0 + BLOCK * i) for i in (0, 1)]
-
-                def step(j: Value, u: int, lanes: Value | None) -> None:
-                    dz, xhat = pair(j, lanes)
-                    valid = k.valid_at(n, j, lanes)
-                    k.gradients(place + j, dz, xhat, local, both, lanes, valid)
-
-                k.along(k.i64(0), k.s, step)
+            k.twice(lambda: _gradient_planes(k, means))
     k.end()
     parallel(module, [(k, "items")], form)
+
+
+def _gradient_planes(k: _Stage, means: Value) -> None:
+    with k.planes() as (n, c, place):
+        pair = _terms(k, n, c, place)
+        local = k.local_plan(c)
+        both = [k.spread(means, c - k.c0 + BLOCK * i) for i in (0, 1)]
+
+        def step(j: Value, u: int, lanes: Value | None) -> None:
+            dz, xhat = pair(j, lanes)
+            valid = k.valid_at(n, j, lanes)
+            k.gradients(place + j, dz, xhat, local, both, lanes, valid)
+
+        k.along(k.i64(0), k.s, step)
 
 
 def _terms(k: _Stage, n: Value, c: Value, place: Value) -> Pair:
