@@ -46,6 +46,7 @@ _NAMES = {
     "measure": "probes",
     "no_update": "models.updates",
     "read_record": "_runs._record",
+    "recompute_outputs": "ops._recompute",
     "report_of": "models.conversion",
     "revert": "models.conversion",
     "sites": "_sites",
@@ -96,6 +97,7 @@ if TYPE_CHECKING:
     from gammabeta.moments import Moments as Moments
     from gammabeta.ops import backends as backends
     from gammabeta.ops import batch_norm as batch_norm
+    from gammabeta.ops._recompute import recompute_outputs as recompute_outputs
     from gammabeta.probes import measure as measure
     from gammabeta.probes.recorder import Recorder as Recorder
     from gammabeta.probes.step import Step as Step

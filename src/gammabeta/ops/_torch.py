@@ -66,6 +66,21 @@ def _no_task() -> int:
 _graph_task: Callable[[], int] = getattr(torch._C, "_current_graph_task_id", _no_task)
 
 
+def saved_by(pack: Callable[..., object]) -> bool:
+    """Whether this hook is the one that now gets what autograd saves; without the name, "yes"."""
+    top = _saving_hooks(True)
+    return top is None or top[0] is pack
+
+
+def _no_hooks(_: bool) -> None:
+    return None
+
+
+_saving_hooks: Callable[[bool], tuple[object, object] | None] = getattr(
+    torch._C._autograd, "_top_saved_tensors_default_hooks", _no_hooks
+)
+
+
 def recorded() -> bool:
     """Whether a tracer or a dispatch mode sees the operations instead of their values."""
     if torch.compiler.is_compiling():

@@ -295,7 +295,8 @@ def differentiable(dy: Tensor, saved: Saved, how: How) -> Gradients:
 
 # torch leaves it without types
 _apply: Callable[..., Tensor] = _Normalize.apply
-_small: Callable[..., Tensor] = _Small.apply
+# past Function.apply, which asks for transforms, as the way here has done
+_small: Callable[..., Tensor] = super(torch.autograd.Function, _Small).apply
 
 # told of each differentiable y without a residual and of what it was made from, while
 # outputs are to be recomputed
