@@ -96,8 +96,12 @@ class RunningMoments(_NormBase):
         y, seen = self._run(x, given, act, residual, mask)
         if given is not None:
             return y
-        if type(seen) is Kept:  # neither empty nor of a group
-            self._propose(seen)
+        if type(seen) is Kept:  # neither empty nor of a group: the short way
+            plain = self._pending is None and not (self._blocked or self._rebind)
+            if plain and self.training and self.track_running_stats and not _torch.in_backward():
+                self._commit(seen)
+            else:
+                self._propose(seen)
             return y
         if self._group is not None and mask is None and bool(as_moments(seen).n == 1):
             return self._run(x, Held(*self._single(x)), act, residual, mask)[0]
@@ -108,7 +112,10 @@ class RunningMoments(_NormBase):
         self, x: Tensor, given: Held | None, act: Act, residual: Tensor | None, mask: Any
     ) -> tuple[Tensor, Seen]:
         group = self._group if given is None else None
-        weight, bias = self._own("weight"), self._own("bias")
+        # past Module.__getattr__, which takes half a microsecond; parametrized ones are not there
+        own = self._parameters
+        weight = own["weight"] if "weight" in own else self.weight  # noqa: SIM401
+        bias = own["bias"] if "bias" in own else self.bias  # noqa: SIM401
         operands = (weight, bias, given, self._epsilon(), act, residual, mask, group)
         try:
             return run(x, *operands, self.backend)
@@ -148,14 +155,11 @@ class RunningMoments(_NormBase):
         hidden = self.__dict__.get("_eps")  # of layers that do not offer it to other tools
         return self.eps if hidden is None else float(hidden)
 
-    def _own(self, name: str) -> Any:
-        """A parameter or buffer, past ``Module.__getattr__``, which takes half a microsecond."""
-        owned = self._buffers if name in self._buffers else self._parameters
-        # a parametrized one is in neither
-        return owned[name] if name in owned else getattr(self, name)
-
     def _held(self) -> tuple[Tensor, Tensor] | None:
-        mean, var = self._own("running_mean"), self._own("running_var")
+        own = self._buffers
+        mean, var = own.get("running_mean"), own.get("running_var")
+        if mean is None or var is None:  # plain attributes, in a module that some tool made
+            mean, var = self.running_mean, self.running_var
         return None if mean is None or var is None else (mean, var)
 
     # -- running statistics -------------------------------------------------------------
@@ -201,8 +205,11 @@ class RunningMoments(_NormBase):
         """
         biased = self.stored_variance == "biased"
         held = self._held()
-        if held is not None and not self._rebind:
-            done = enter(seen, *held, self._own("num_batches_tracked"), self.momentum, biased)
+        if held is None:
+            return
+        if not self._rebind:
+            tracked = self._buffers.get("num_batches_tracked")
+            done = enter(seen, *held, tracked, self.momentum, biased)
             if done is not None:
                 if not done:
                     self._skip()
@@ -210,7 +217,7 @@ class RunningMoments(_NormBase):
         self._commit_parts(seen, biased, held)
 
     @torch.no_grad()
-    def _commit_parts(self, seen: Seen, biased: bool, held: tuple[Tensor, Tensor] | None) -> None:
+    def _commit_parts(self, seen: Seen, biased: bool, held: tuple[Tensor, Tensor]) -> None:
         whole = None
         if isinstance(seen, Batch):
             whole = seen.both
@@ -223,7 +230,7 @@ class RunningMoments(_NormBase):
             batch_mean, batch_var = seen.mean, seen.unbiased()
             if biased:
                 batch_var = batch_var * ((seen.n - 1) / seen.n)
-        mean, var = held or (batch_mean, batch_var)
+        mean, var = held
         self._enter(whole, running_mean=(mean, batch_mean), running_var=(var, batch_var))
 
     def _enter(self, whole: Tensor | None = None, **pairs: tuple[Tensor, Tensor]) -> None:

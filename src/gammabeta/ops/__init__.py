@@ -156,19 +156,8 @@ def run(
     return y, stats
 
 
-def enter(
-    seen: Seen,
-    running_mean: Tensor,
-    running_var: Tensor,
-    tracked: Tensor | None,
-    momentum: float | None,
-    biased: bool,
-) -> bool | None:
-    """Enter a batch into running statistics in one call, where its backend can do that.
-
-    Returns whether the batch was finite and was entered; None where the caller has to do it.
-    """
-    return _cpu.enter(seen, running_mean, running_var, tracked, momentum, biased)
+# the seam of the running statistics: in one call, where the backend of a batch can do that
+enter = _cpu.enter
 
 
 def _synchronized(
