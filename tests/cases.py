@@ -29,6 +29,25 @@ SHAPES: dict[tuple[int, ...], str] = {
     (5, 2, 1, 130): "one long row, longer than two blocks of 64 lanes",
     (2, 3, 4, 4, 4): "volume",
 }
+# what the benchmarks time; odd ones at the end
+TIMED: tuple[tuple[int, ...], ...] = (
+    (32, 64, 56, 56),
+    (32, 256, 56, 56),
+    (32, 128, 28, 28),
+    (32, 512, 14, 14),
+    (32, 2048, 7, 7),
+    (8, 3, 224, 224),
+    (2, 64, 512, 512),
+    (16, 32, 16, 24, 24),
+    (64, 64, 128),
+    (60, 100),
+    (64, 100),
+    (256, 256),
+    (256, 1024),
+    (4096, 512),
+    (31, 17, 13, 11),
+    (7, 5),
+)
 # A few shapes for tests that cross them with many other things.
 FEW: tuple[tuple[int, ...], ...] = ((5, 3), (4, 5, 3), (3, 4, 5, 5), (2, 3, 4, 2, 3))
 

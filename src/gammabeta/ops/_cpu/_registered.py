@@ -17,6 +17,10 @@ from gammabeta.ops._cpu import _autograd, _calls
 from gammabeta.ops._cpu._autograd import How, Saved
 
 
+# Any layout will do: without this the compiler would copy what it keeps channels-last.
+_TAGS = (torch.Tag.flexible_layout,)
+
+
 def forward(
     x: Tensor,
     weight: Tensor | None,
@@ -78,7 +82,7 @@ def _impl(
 
 
 _batch_norm = torch.library.custom_op(
-    "gammabeta::batch_norm", _impl, mutates_args=(), device_types="cpu"
+    "gammabeta::batch_norm", _impl, mutates_args=(), device_types="cpu", tags=_TAGS
 )
 
 
@@ -136,7 +140,11 @@ def _there(t: Tensor | None, x: Tensor) -> Tensor:
 
 
 _backward = torch.library.custom_op(
-    "gammabeta::batch_norm_backward", _backward_impl, mutates_args=(), device_types="cpu"
+    "gammabeta::batch_norm_backward",
+    _backward_impl,
+    mutates_args=(),
+    device_types="cpu",
+    tags=_TAGS,
 )
 
 
