@@ -16,7 +16,6 @@ from gammabeta.ops._activations import Parsed
 from gammabeta.ops._cpu import _autograd, _calls
 from gammabeta.ops._cpu._autograd import How, Saved
 
-
 # Any layout will do: without this the compiler would copy what it keeps channels-last.
 _TAGS = (torch.Tag.flexible_layout,)
 
@@ -129,8 +128,10 @@ def _backward_impl(
     saved = Saved(x, weight, bias, residual, mask, kept, signs if signs.numel() else None)
     how = _how(eps, act, float(kept[-1]), fixed, added)
     dx, dweight, dbias, dresidual = _autograd.gradients(dy, saved, how, needed)
-    # an operator may not give its input back: its caller knows that this gradient is dy
-    dresidual = None if dresidual is dy else dresidual
+    # no more than the fake kernel tells; and never dy itself or a view of it, which an operator may
+    # not give back: its caller knows that the residual's gradient is dy where nothing bends it
+    dx = dx if needed[0] else None
+    dresidual = dresidual if _bends(act, mask, added, needed) else None
     return _there(dx, x), _there(dweight, x), _there(dbias, x), _there(dresidual, x)
 
 
@@ -169,12 +170,11 @@ def _(
     added: bool,
     needed: Sequence[bool],
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    bent = _bends(act, mask, added, needed)
     return (
-        _fresh_like(x) if needed[0] or bent else x.new_empty(0),
+        _fresh_like(x) if needed[0] else x.new_empty(0),
         x.new_empty(0) if weight is None else torch.empty_like(weight),
         x.new_empty(0) if bias is None else torch.empty_like(bias),
-        _fresh_like(x) if bent else x.new_empty(0),
+        _fresh_like(x) if _bends(act, mask, added, needed) else x.new_empty(0),
     )
 
 
