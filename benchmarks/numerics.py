@@ -190,14 +190,12 @@ def layouts(case: Case) -> Iterator[Case]:
 
 def run(backend: str, case: Case) -> tuple[Tensor, ...]:
     """y, dx, dγ and dβ."""
-    leaves = [v.detach().requires_grad_() for v in (case.x, case.weight, case.bias)]
+    x, weight, bias = (v.detach().requires_grad_() for v in (case.x, case.weight, case.bias))
     if backend == "torch":
-        y = nn.functional.batch_norm(
-            leaves[0], None, None, *leaves[1:], training=True, eps=case.eps
-        )
+        y = nn.functional.batch_norm(x, None, None, weight, bias, training=True, eps=case.eps)
     else:
-        y, _ = gb.batch_norm(*leaves, eps=case.eps, backend=backend)
-    return y.detach(), *torch.autograd.grad(y, leaves, case.dy)
+        y, _ = gb.batch_norm(x, weight, bias, eps=case.eps, backend=backend)
+    return y.detach(), *torch.autograd.grad(y, (x, weight, bias), case.dy)
 
 
 def figures(found: tuple[Tensor, ...], true: Truth, case: Case) -> Figures:
