@@ -144,7 +144,7 @@ def _equal(a, b):
 
 @settings(
     deadline=None,
-    max_examples=WANTED or 250,
+    max_examples=WANTED or 200,
     derandomize=not WANTED,
     database=None,
     suppress_health_check=list(HealthCheck),
