@@ -141,8 +141,8 @@ def test_the_schedule_is_thinned_to_the_limit(limit):
     assert 2 <= len(record.steps) < 200
     assert len(record.steps) + rec.skipped == 200
     assert record.steps[:2] == [0, 1]
-    # up to the limit, as far as a record costs what the one before did
-    assert 0.6 * limit < rec.overhead < 1.3 * limit
+    # up to the limit less the room for what is not seen, if a record costs what the last one did
+    assert 0.45 * limit < rec.overhead < limit
 
 
 def test_what_a_process_meets_but_once_is_no_cost_of_the_recorder():
