@@ -2,10 +2,10 @@
 
 The same training runs with a recorder (default probes, every 50 steps) and without one, in turns,
 from the same start and on the same batches; both have to end with the same parameters, bit for
-bit. `measured` is the median over the rounds of the paired ratio of times, less 1, in processor time
-of the one thread: what a core gives, whoever else is waiting for it. `reported` is the median of
-`rec.overhead`, which the recorder takes from wall time. Once without a limit, once with the default limit of 5 %, which skips
-records where a step is so short that 50 of them do not pay for one.
+bit. `measured` is the median over the rounds of the paired ratio of times, less 1, in processor
+time of the one thread: what a core gives, whoever else is waiting for it. `reported` is the median
+of `rec.overhead`, which the recorder takes from wall time. Once without a limit, once with the
+default limit of 5 %, which skips records where 50 steps are too short to pay for one.
 """
 
 import itertools
