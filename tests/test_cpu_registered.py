@@ -162,7 +162,7 @@ def test_two_derivatives_under_a_mode_are_those_without(mask, act):
 # --- tracers -------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("tracing", ["real", "fake", "symbolic"])
+@pytest.mark.parametrize("tracing", ["real", "symbolic"])
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
 @pytest.mark.parametrize("act", ACTS, ids=str)
 def test_make_fx_replays_to_the_same_numbers_with_other_inputs(act, layout, tracing):
