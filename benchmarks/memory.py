@@ -33,6 +33,7 @@ FEWER = {"ResNet-20": 0.20, "plain stack": 0.45}  # bytes, with recompute_output
 AS_FAST = 1.0  # of PyTorch's speed, at least
 VARIANTS = ("torch", "gammabeta", "recompute")
 LAYER = (32, 64, 28, 28)
+C = LAYER[1]
 
 
 class Block(nn.Module):
@@ -226,10 +227,9 @@ _ACTS: dict[str | None, Callable[[Tensor], Tensor]] = {
 
 def layer(act: str | None, added: bool) -> dict[str, Any]:
     """Bytes for each element of x that one normalization keeps, with all that belongs to it."""
-    c = LAYER[1]
     x = torch.randn(LAYER, requires_grad=True)
     residual = torch.randn(LAYER, requires_grad=True) if added else None
-    ours, theirs = gb.BatchNormAct2d(c, act=act), nn.BatchNorm2d(c)
+    ours, theirs = gb.BatchNormAct2d(C, act=act), nn.BatchNorm2d(C)
     y = ours(x, residual)
     u = theirs(x)
     z = _ACTS[act](u if residual is None else u + residual)
@@ -241,6 +241,35 @@ def layer(act: str | None, added: bool) -> dict[str, Any]:
         "torch": round(kept_bytes(z, theirs) / count, 4),
         "gammabeta": round(kept_bytes(y, ours) / count, 4),
     }
+
+
+OTHERS: dict[str, Callable[[], nn.Module]] = {
+    "torch.nn.BatchNorm2d": lambda: nn.BatchNorm2d(C),
+    "BatchNorm2d": lambda: gb.BatchNorm2d(C),
+    "BatchNorm2d in eval mode": lambda: gb.BatchNorm2d(C).eval(),
+    'BatchNorm2d, backend="native"': lambda: gb.BatchNorm2d(C, backend="native"),
+    'BatchNorm2d, backend="reference"': lambda: gb.BatchNorm2d(C, backend="reference"),
+    'BatchNormAct2d, backend="native"': lambda: gb.BatchNormAct2d(C, backend="native"),
+    'BatchNormAct2d, backend="reference"': lambda: gb.BatchNormAct2d(C, backend="reference"),
+    "BatchRenorm2d": lambda: gb.BatchRenorm2d(C),
+    "GhostBatchNorm2d, batches of 8": lambda: gb.GhostBatchNorm2d(C, virtual_batch_size=8),
+    "DecorrelatedBatchNorm2d, groups of 16": lambda: gb.DecorrelatedBatchNorm2d(C, group_size=16),
+    "IterNorm2d, groups of 16": lambda: gb.IterNorm2d(C, group_size=16),
+}
+
+
+def other(name: str) -> dict[str, Any]:
+    """Bytes for each element of x that a layer keeps, and with a next one that keeps y."""
+    found: dict[str, Any] = {"layer": name}
+    for kind, context in (("next", contextlib.nullcontext), ("recompute", gb.recompute_outputs)):
+        model = OTHERS[name]()
+        x, scale = torch.randn(LAYER, requires_grad=True), torch.ones((), requires_grad=True)
+        with context():
+            y = model(x)
+            z = y * scale
+        found.setdefault("alone", round(kept_bytes(y, model) / x.numel(), 4))
+        found[kind] = round(kept_bytes(z, model, scale) / x.numel(), 4)
+    return found
 
 
 def measure() -> dict[str, Any]:
@@ -259,6 +288,7 @@ def measure() -> dict[str, Any]:
         "networks": networks,
         "layer_shape": list(LAYER),
         "bytes_per_element": [layer(act, added) for added in (False, True) for act in _ACTS],
+        "with_next_layer": [other(name) for name in OTHERS],
     }
 
 
@@ -288,4 +318,9 @@ def show(result: dict[str, Any]) -> str:
     for row in result["bytes_per_element"]:
         name = f"{row['activation']}{' behind a residual' if row['residual'] else ''}"
         lines.append(f"  {name:28} torch {row['torch']:.3f}  gammabeta {row['gammabeta']:.3f}")
+    for row in result["with_next_layer"]:
+        lines.append(
+            f"  {row['layer']:38} alone {row['alone']:.3f}  with a next layer {row['next']:.3f}  "
+            f"recomputed {row['recompute']:.3f}"
+        )
     return "\n".join(lines)

@@ -2,10 +2,13 @@
 
 import copy
 import gc
+import itertools
+import json
 import random
 import threading
 import weakref
 from contextlib import nullcontext
+from pathlib import Path
 
 import cases
 import pytest
@@ -17,6 +20,7 @@ from torch.profiler import profile
 from torch.utils.checkpoint import checkpoint
 
 import gammabeta as gb
+from benchmarks import memory
 from benchmarks.memory import BATCH, FEWER, NETWORKS, Variant, allocated, kept_bytes
 from gammabeta.ops import _recompute
 from gammabeta.ops._cpu import _autograd, _compile
@@ -27,6 +31,7 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:.torch.jit.script. is deprecated:DeprecationWarning"),
 ]
 
+ROOT = Path(__file__).resolve().parents[1]
 ROW = (6, 5)
 BIG = (8, 16, 32, 32)  # beyond the way for small inputs
 
@@ -158,6 +163,19 @@ def test_an_output_that_another_layer_of_ours_takes_is_made_again_through_both()
     assert agree(net, lambda net: net(x).square().sum()) == 3
 
 
+@pytest.mark.parametrize("act", [None, "relu", "leaky_relu"])
+def test_gradients_are_those_of_the_default_when_the_threads_change_in_between(act):
+    x = torch.randn(BIG)
+
+    def forward(net):
+        torch.set_num_threads(2)
+        loss = net(x).square().sum()
+        torch.set_num_threads(1)
+        return loss
+
+    assert agree(Net(BIG, act), forward) == 1
+
+
 def test_statistics_are_entered_once():
     net, twin = Net(BIG), Net(BIG)
     x = torch.randn(BIG)
@@ -206,9 +224,9 @@ def test_nobody_holds_an_output_or_its_memory_once_the_next_layer_has_run():
     try:
         with gb.recompute_outputs():
             loss = net(x).sum()
-            y, memory = found
+            y, storage = found
             assert y() is None
-            assert memory.expired()
+            assert storage.expired()
     finally:
         gc.enable()
     loss.backward()
@@ -240,10 +258,10 @@ def test_what_was_kept_goes_with_the_graph_without_the_garbage_collector(when):
             del activated, image
             if when == "inside":
                 del loss
-                assert all(memory.expired() for memory in found)
+                assert all(storage.expired() for storage in found)
         if when == "after":
             del loss
-            assert all(memory.expired() for memory in found)
+            assert all(storage.expired() for storage in found)
     finally:
         gc.enable()
 
@@ -252,11 +270,11 @@ def test_an_output_that_is_held_holds_its_input_no_longer_than_the_context():
     net, outputs = Net(BIG), []
     net.between = lambda y: outputs.append(y) or y
     image = torch.randn(BIG, requires_grad=True) * 1
-    memory = memory_of(image)
+    storage = memory_of(image)
     with gb.recompute_outputs():
         net.last(net.between(net.bn(image))).sum().backward()
         del image
-    assert memory.expired()
+    assert storage.expired()
 
 
 @pytest.mark.parametrize("act", [None, "relu", "silu"])
@@ -292,6 +310,41 @@ def test_without_a_residual_x_alone_is_kept(act):
     x = torch.randn(BIG)
     bn = layer_of(BIG, act)
     assert kept_bytes(bn(x), bn, x) <= 100 * BIG[1]
+
+
+def table(head):
+    """The cells below the row of docs/memory.md that begins with ``head``."""
+    lines = (ROOT / "docs" / "memory.md").read_text().splitlines()
+    start = next(i for i, line in enumerate(lines) if line.startswith(f"| {head} |"))
+    rows = itertools.takewhile(lambda line: line.startswith("|"), lines[start + 2 :])
+    return [[cell.strip() for cell in row.strip("|").split("|")] for row in rows]
+
+
+def test_the_document_says_what_each_activation_keeps():
+    for act, *shown in table("activation"):
+        parsed = None if act == "None" else act
+        plain, added = memory.layer(parsed, False), memory.layer(parsed, True)
+        found = [plain["torch"], plain["gammabeta"], added["torch"], added["gammabeta"]]
+        assert shown == [f"{value:.3f}" for value in found], act
+
+
+def test_the_document_says_what_each_layer_keeps():
+    for name, *shown in table("layer"):
+        found = memory.other(name)
+        assert shown == [f"{found[key]:.3f}" for key in ("alone", "next", "recompute")], name
+
+
+def test_the_document_says_what_the_networks_keep():
+    results = json.loads((ROOT / "benchmarks" / "results" / "memory.json").read_text())
+    shown = {name: cells for name, *cells in table("network")}
+    assert len(shown) == len(results["networks"])
+    for row in results["networks"]:
+        kept = [row["kept_bytes"][kind] for kind in memory.VARIANTS]
+        fewer = f"{100 * (1 - kept[2] / kept[0]):.1f} %"
+        assert shown[row["network"]] == [*(f"{v / 2**20:.1f}" for v in kept), fewer]
+        assert kept[2] <= (1 - FEWER[row["network"]]) * kept[0]
+        for kind, grown in row["allocated_bytes"].items():
+            assert grown is None or grown == pytest.approx(row["kept_bytes"][kind], rel=0.01)
 
 
 # -- several layers, several passes ---------------------------------------------------------------

@@ -29,8 +29,9 @@ def recompute_outputs() -> Iterator[None]:
     y = act(γ·x̂ + β) is what the next layer keeps for its backward pass, a convolution for
     instance, while the normalization keeps x, which is as large. Inside, y is not kept: when a
     backward pass asks for it, inside or later, the same kernel computes it again, bit for bit, and
-    so are all gradients. That takes about the time of a normalization in eval mode; half the memory
-    of a chain of convolutions, normalizations and activations goes.
+    so are all gradients (with smooth activations for the same number of threads, by which PyTorch
+    divides their work). That takes about the time of a normalization in eval mode; half the memory
+    of a chain of convolutions, normalizations and activations goes. See ``docs/memory.md``.
 
     It takes effect where the backend ``cpu`` computes y and its activation in one call
     (``BatchNormAct``, ``gb.convert(model, fuse=True)``), or there is no activation; also for views
