@@ -5,6 +5,8 @@ An address replayed by a tracer would be wrong in silence; each way there is a t
 
 import copy
 import shutil
+import subprocess
+import sys
 
 import cases
 import pytest
@@ -19,7 +21,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
 import gammabeta as gb
-from gammabeta.ops._cpu import _compile
+from gammabeta.ops._cpu import _calls, _compile
 
 pytestmark = [
     pytest.mark.skipif(
@@ -33,6 +35,7 @@ OP = torch.ops.gammabeta.batch_norm.default
 BACKWARD = torch.ops.gammabeta.batch_norm_backward.default
 ACTS = (None, "relu", ("leaky_relu", 0.2), "gelu")
 SHAPES = ((6, 5), (4, 5, 3), (3, 4, 5, 5))
+NAN = float("nan")
 
 
 def _call(shape=(3, 4, 5, 5), seed=0, **options):
@@ -117,7 +120,8 @@ def test_opcheck_finds_nothing_in_the_backward(mask, needed, layout, act):
         _, kept, signs = OP(*operands, None, None, 1e-5, act)
         smooth = act.startswith("gelu")
         operands = (*operands[:3], call.residual if smooth else None, valid)
-        flags = (False, residual, [bool(n) for n in needed])
+        where = _calls.lies(call.x)
+        flags = (False, residual, where, [bool(n) for n in needed])
         arguments = (call.dy, *operands, kept, signs, 1e-5, act, *flags)
         torch.library.opcheck(BACKWARD, arguments, test_utils=CHECKED)
 
@@ -421,11 +425,12 @@ def test_compiled_it_is_one_operator_each_way_and_the_same_bits(layout, act):
 
 
 @pytest.mark.usefixtures("_fresh_compiler")
+@pytest.mark.parametrize("dynamic", [None, True])
 @pytest.mark.parametrize("cls", [gb.BatchNorm2d, gb.BatchNormAct2d])
-def test_a_compiled_layer_trains_as_the_plain_one(cls):
+def test_a_compiled_layer_trains_as_the_plain_one(cls, dynamic):
     plain = nn.Sequential(nn.Conv2d(4, 5, 3), cls(5), nn.Conv2d(5, 2, 1))
     twin = copy.deepcopy(plain)
-    compiled = torch.compile(twin, fullgraph=True, backend="aot_eager")
+    compiled = torch.compile(twin, fullgraph=True, dynamic=dynamic, backend="aot_eager")
     for n in (4, 6):
         x = _call((n, 4, 6, 7), seed=n).x
         for model in (plain, compiled):
@@ -466,3 +471,100 @@ def test_an_exported_eval_model_in_float32_holds_standard_operators_only(cls):
     assert targets
     assert {t.namespace for t in targets if hasattr(t, "namespace")} <= {"aten", "prims"}
     torch.testing.assert_close(program.module()(x), model(x))
+
+
+# @pytest.mark.parametrize("dynamic", [None, True]) and torch.compile(..., dynamic=dynamic).
+
+
+def test_a_default_device_and_a_default_dtype_change_no_number():
+    call = _call(residual=True)
+    step = _step(_function())
+    expected = step(*_operands(call))
+    with torch.device("meta"):
+        _equal(step(*_operands(call)), expected)
+    torch.set_default_dtype(torch.float64)
+    try:
+        _equal(step(*_operands(call)), expected)
+    finally:
+        torch.set_default_dtype(torch.float32)
+
+
+@pytest.mark.usefixtures("_fresh_compiler")
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
+def test_compiled_with_dynamic_shapes_one_graph_serves_all_batches(layout):
+    forward, backward = [], []
+    backend = _aot(forward, backward)
+    compiled = torch.compile(_function(), fullgraph=True, dynamic=True, backend=backend)
+    for n in (3, 5, 8):
+        call = _call((n, 16, 6, 2 * n + 1), residual=True, layout=layout, seed=n)
+        _equal(_step(compiled)(*_operands(call)), _step(_function())(*_operands(call)))
+    assert len(forward) == len(backward) == 1
+
+
+SPREAD = {
+    "strided": lambda t: torch.stack([t, t * NAN], 1)[:, 0],
+    "expanded": lambda t: t[:1].expand(len(t)),
+    "negated": lambda t: torch._neg_view(-t),
+}
+
+
+@pytest.mark.parametrize("how", SPREAD)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("guard", [torch.enable_grad, torch.no_grad])
+def test_parameters_are_read_wherever_they_lie(guard, shape, how):
+    call = _call(shape)
+    moved = {k: SPREAD[how](getattr(call, k)) for k in ("weight", "bias")}
+    plain = {k: v.clone().contiguous() for k, v in moved.items()}
+    for x in (call.x, call.x.clone().requires_grad_()):
+        with guard():
+            y, _ = gb.batch_norm(x, **moved, act="relu", backend="cpu")
+            expected, _ = gb.batch_norm(x, **plain, act="relu", backend="cpu")
+        _equal([y.detach()], [expected.detach()])
+        if y.requires_grad:
+            _equal(torch.autograd.grad(y, x, call.dy), torch.autograd.grad(expected, x, call.dy))
+
+
+@pytest.mark.parametrize("how", ["strided", "expanded", "bfloat16"])
+def test_running_statistics_are_read_wherever_they_lie(how):
+    layer = gb.BatchNorm2d(4).eval()
+    x = _call().x
+    for name in ("running_mean", "running_var"):
+        value = torch.rand(4) + 0.5
+        value = value.bfloat16() if how == "bfloat16" else SPREAD[how](value)
+        layer._buffers[name] = value
+    expected = torch.nn.functional.batch_norm(
+        x, layer.running_mean.float().clone(), layer.running_var.float().clone()
+    )
+    torch.testing.assert_close(layer(x), expected)
+
+
+@pytest.mark.parametrize("residual", [False, True])
+@pytest.mark.parametrize("act", [None, "relu", "gelu"], ids=str)
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
+def test_what_was_saved_may_come_back_in_other_memory(layout, act, residual):
+    # torch.autograd.graph.save_on_cpu(pin_memory=True) gives everything back contiguous
+    other = "channels_last" if layout == "contiguous" else "contiguous"
+    for shape in ((3, 4, 5, 5), (4, 5, 3), (2, 3, 3, 4, 5)):
+        call = _call(shape, layout=layout, residual=residual)
+        expected = cases.run(call, act=act, backend="cpu")
+
+        def unpack(t, shape=shape):
+            return cases.LAYOUTS[other](t) if t.shape == shape else t
+
+        with torch.autograd.graph.saved_tensors_hooks(torch.clone, unpack):
+            found = cases.run(call, act=act, backend="cpu")
+        _equal([found[0], *found[1].values()], [expected[0], *expected[1].values()])
+
+
+def test_a_tensor_of_zeros_without_memory_is_read_as_zeros():
+    # its address is 0: in a process of its own, which a read from there would end
+    program = """
+import torch, gammabeta as gb
+zeros = torch._efficientzerotensor((6, 5, 4))
+x = torch.randn(6, 5, 4, requires_grad=True)
+for options in ({}, {"residual": zeros}, {"act": "relu"}, {"act": "gelu"}):
+    y, _ = gb.batch_norm(x, backend="cpu", **options)
+    assert not torch.autograd.grad(y, x, zeros)[0].any()
+assert not gb.batch_norm(zeros, backend="cpu")[0].any()
+"""
+    assert subprocess.run([sys.executable, "-c", program], check=False).returncode == 0

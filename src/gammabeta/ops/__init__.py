@@ -290,7 +290,7 @@ def _check(
                 f"batch_norm: {name} should contain {channels} elements, one per channel of the "
                 f"input {tuple(x.shape)}, got shape {tuple(value.shape)}."
             )
-    if not (isinstance(eps, int | float) and math.isfinite(eps) and eps >= 0):
+    if not (isinstance(eps, int | float) and 0 <= eps < math.inf):
         raise ValueError(f"batch_norm: eps must be finite and ≥ 0, got {eps!r}. Usual is 1e-5.")
     if residual is not None and (residual.shape != x.shape or not residual.is_floating_point()):
         raise ValueError(

@@ -96,9 +96,9 @@ def direct(
         and type(eps) is float
         and 1e-30 <= eps < 1e30
         and mask is None
-        and (stats is None or type(stats) is Held)
         and _torch.addresses_count()
         and _compile.ready()
+        and (stats is None or (type(stats) is Held and _calls.readable(stats)))
     ):
         return False
     channels = x.shape[1]
@@ -110,7 +110,7 @@ def direct(
             and parameter.dim() == 1
             and parameter.numel() == channels
             and parameter.layout is torch.strided
-            and parameter.is_contiguous()
+            and _calls.at_hand(parameter)
         ):
             return False
     return residual is None or (
@@ -134,6 +134,8 @@ def forward(
 ) -> tuple[Tensor, Seen]:
     """Everything in one call, by addresses where they mean something, else as one operator."""
     if _torch.addresses_count():
+        if isinstance(stats, Held) and not _calls.readable(stats):
+            stats = stats.moments()
         return by_address(x, weight, bias, stats, eps, act, residual, valid)
     given = stats.moments() if isinstance(stats, Held) else stats
     return _registered.forward(x, weight, bias, given, eps, act, residual, valid)
@@ -206,7 +208,7 @@ def reduce_grads(
     call = _calls.prepare(x, weight, bias, None, valid, eps, slope)
     kept = _kept(stats, weight, bias, eps)
     before = _calls.arranged(before, call.layout)
-    sums = torch.empty(2, x.shape[1], dtype=torch.float64)
+    sums = torch.empty(2, x.shape[1], dtype=torch.float64, device=_calls.CPU)
     _calls.backward(before, call, kept, None, 1.0, True, sums=sums, want_dx=False)
     return sums[0], sums[1]
 
@@ -268,6 +270,6 @@ def _kept(stats: Moments, weight: Tensor | None, bias: Tensor | None, eps: float
     shift = -low * scale if bias is None else bias.detach() - low * scale
     plan = torch.cat([high, scale.float(), shift.float(), rstd.float(), (low * rstd).float()])
     channels = high.numel()
-    kept = torch.empty(_calls.kept_size(channels), dtype=torch.float64)
+    kept = torch.empty(_calls.kept_size(channels), dtype=torch.float64, device=_calls.CPU)
     kept[2 * channels :].view(torch.float32)[: 5 * channels] = plan
     return kept

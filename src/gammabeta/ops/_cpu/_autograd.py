@@ -48,12 +48,15 @@ def forward(
         if (
             small
             and (act is None or slope_of(act) is not None)
-            and x.is_contiguous()
-            and not x.is_neg()
+            and _calls.at_hand(x)
+            and (weight is None or _calls.at_hand(weight))
+            and (bias is None or _calls.at_hand(bias))
         ):
             y = _small(x, weight, bias, eps, act, box)
             if made is not None:
-                how = How(eps, act, slope_of(act), False, box[0].values, False, False)
+                how = How(
+                    eps, act, slope_of(act), False, box[0].values, False, False, _calls.lies(x)
+                )
                 made(y, (x, weight, bias, None, box[0].stats), how)
             return y, box[0]
         y = _apply(x, weight, bias, residual, (valid, given, eps, act, box))
@@ -61,7 +64,7 @@ def forward(
         if made is not None and residual is None:
             slope = slope_of(act)
             smooth = act is not None and slope is None
-            how = How(eps, act, slope, smooth, count, given is not None, False)
+            how = How(eps, act, slope, smooth, count, given is not None, False, _calls.lies(x))
             made(y, (x, weight, bias, valid, kept), how)
     else:
         y, kept, _, count = compute(x, weight, bias, residual, valid, given, eps, act, False)
@@ -100,7 +103,7 @@ def repeat(
     how: How,
 ) -> Tensor:
     """The y of an earlier call without a residual once more, bit for bit, from what it kept."""
-    call = _calls.prepare(x, weight, bias, None, valid, how.eps, how.slope)
+    call = _calls.prepare(x, weight, bias, None, valid, how.eps, how.slope, how.layout)
     count = 1.0 if how.fixed else how.values  # given statistics are kept as a variance
     y, _, _ = _calls.forward(call, None, count=count, again=kept)
     return _smooth(y, how.act, valid) if how.smooth else y
@@ -158,7 +161,8 @@ class _Normalize(torch.autograd.Function):
         smooth = act is not None and slope is None
         kept_residual = residual if smooth else None
         ctx.save_for_backward(x, weight, bias, kept_residual, valid, kept, signs)
-        ctx.how = How(eps, act, slope, smooth, count, given is not None, residual is not None)
+        fixed, added = given is not None, residual is not None
+        ctx.how = How(eps, act, slope, smooth, count, fixed, added, _calls.lies(x))
         box += (kept, count)
         return y
 
@@ -186,10 +190,9 @@ class _Small(torch.autograd.Function):
         box: list[Any],
     ) -> Tensor:
         shape = x.shape
-        layout = "pixels" if x.dim() == 2 else _calls.layout_of(x) or "planes"
-        ctx.plan = plan = _calls.small(shape, x.dtype, layout, eps, slope_of(act))
+        ctx.plan = plan = _calls.small(shape, x.dtype, _calls.lies(x), eps, slope_of(act))
         run, words, room, _ = plan.forward
-        kept = torch.empty(plan.kept, dtype=torch.float64)
+        kept = torch.empty(plan.kept, dtype=torch.float64, device=_calls.CPU)
         y = torch.empty_like(x)
         stats = kept.data_ptr()
         addresses = _calls.pointers(
@@ -212,11 +215,13 @@ class _Small(torch.autograd.Function):
         if torch.is_grad_enabled():
             saved = Saved(x, weight, bias, None, None, kept, None)
             eps, act = ctx.how
-            how = How(eps, act, slope_of(act), False, plan.values, False, False)
+            how = How(eps, act, slope_of(act), False, plan.values, False, False, plan.layout)
             return *differentiable(dy, saved, how)[:3], None, None, None
         run, words, room, _ = plan.backward
-        if not dy.is_contiguous() or dy.is_neg():
-            dy = dy.resolve_neg().contiguous()
+        if not _calls.at_hand(dy):
+            dy = _calls.arranged(dy, "planes")
+        if not x.is_contiguous():  # as a hook has given it back
+            x = x.contiguous()
         dx = torch.empty_like(x)
         dweight = None if weight is None else torch.empty_like(weight)
         dbias = None if bias is None else torch.empty_like(bias)
@@ -252,6 +257,7 @@ class How(NamedTuple):
     values: float  # per channel
     fixed: bool  # the statistics were given
     added: bool  # there was a residual
+    layout: str  # that the kernels took x in: a hook may give it back in another
 
 
 Gradients: TypeAlias = tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]
@@ -260,8 +266,8 @@ Gradients: TypeAlias = tuple[Tensor | None, Tensor | None, Tensor | None, Tensor
 def gradients(dy: Tensor, saved: Saved, how: How, needed: Sequence[bool]) -> Gradients:
     """Of x, weight, bias and residual, by the kernels."""
     x, weight, bias, residual, valid, kept, signs = saved
-    eps, act, slope, smooth, values, fixed, added = how
-    call = _calls.prepare(x, weight, bias, residual, valid, eps, slope)
+    eps, act, slope, smooth, values, fixed, added, layout = how
+    call = _calls.prepare(x, weight, bias, residual, valid, eps, slope, layout)
     dy = _calls.arranged(dy, call.layout)
     if smooth:
         count = 1.0 if fixed else values  # see repeat
@@ -283,7 +289,8 @@ def differentiable(dy: Tensor, saved: Saved, how: How) -> Gradients:
     act, c = how.act, x.shape[1]
     if signs is not None:
         assert how.slope is not None
-        dy = torch.where(_calls.negative(signs, x, valid is not None), dy * how.slope, dy)
+        bent = _calls.negative(signs, x, valid is not None, how.layout)
+        dy = torch.where(bent, dy * how.slope, dy)
         act = None
     if how.added and residual is None:  # its value does not matter: only its gradient is wanted
         residual = dy.new_zeros(()).expand_as(x)

@@ -42,6 +42,7 @@ pointers = struct.Struct(f"{len(POINTERS)}q").pack
 _numbers = struct.Struct(f"{len(NUMBERS)}d").pack
 _integers = struct.Struct(f"{len(INTEGERS)}q").pack
 
+CPU = torch.device("cpu")  # said everywhere: a default may have been set
 BLOCK = 64  # planes: channels at most in a block, what the stack has room for
 GROUP = 64  # pixels: channels in an item of the second stage
 LANES = 16
@@ -78,6 +79,7 @@ class Recipe(NamedTuple):
 class Small(NamedTuple):
     """Both directions of a call without a residual or mask that is too small for two threads."""
 
+    layout: str
     values: float  # per channel
     kept: int  # float64 words
     place: int  # of the plan in them, bytes
@@ -86,7 +88,7 @@ class Small(NamedTuple):
 
 
 class _Local(threading.local):
-    scratch: Tensor = torch.empty(0, dtype=torch.uint8)
+    scratch: Tensor = torch.empty(0, dtype=torch.uint8, device=CPU)
 
 
 _local = _Local()
@@ -100,21 +102,45 @@ def prepare(
     mask: Tensor | None,
     eps: float,
     slope: float | None,
+    layout: str | None = None,
 ) -> Operands:
-    """The layout of a call, and its operands in it; most need no copy."""
-    if x.is_neg():  # a view whose signs are still to be changed
-        x = x.resolve_neg()
-    layout = layout_of(x)
-    if layout is None:
-        x = x.contiguous()
-        layout = layout_of(x) or "planes"
+    """A call's operands in the layout of x, or in the one given; most need no copy."""
+    layout = layout or lies(x)
+    x = arranged(x, layout)
     if residual is not None:
         residual = arranged(residual, layout)
     if mask is not None:
         mask = mask.contiguous()
-    weight = None if weight is None else weight.contiguous()
-    bias = None if bias is None else bias.contiguous()
+    weight = None if weight is None else _real(weight).contiguous()
+    bias = None if bias is None else _real(bias).contiguous()
     return Operands(layout, x, weight, bias, residual, mask, eps, slope)
+
+
+def lies(x: Tensor) -> str:
+    """The layout that x is taken in, after a copy if it lies in none."""
+    dense = x.dim() == 2 or x.numel() == x.shape[0] * x.shape[1]
+    return layout_of(x) or ("pixels" if dense else "planes")
+
+
+def at_hand(t: Tensor) -> bool:
+    """Whether a kernel can read t, one element after the other, as it lies."""
+    return t.is_contiguous() and not t.is_neg() and not t._is_zerotensor()
+
+
+def readable(held: Held) -> bool:
+    """Whether a kernel can read these running statistics as they lie."""
+    return all(
+        type(t) is Tensor and t.dtype is torch.float32 and t.is_cpu and at_hand(t) for t in held
+    )
+
+
+def _real(t: Tensor) -> Tensor:
+    """``t`` with values of its own: not a view whose signs are still to be changed, not a stand-in
+    for zeros without memory.
+    """
+    if t._is_zerotensor():
+        return t.clone()
+    return t.resolve_neg() if t.is_neg() else t
 
 
 def layout_of(x: Tensor) -> str | None:
@@ -128,8 +154,7 @@ def layout_of(x: Tensor) -> str | None:
 
 def arranged(t: Tensor, layout: str) -> Tensor:
     """``t``, copied if it does not lie in that layout."""
-    if t.is_neg():
-        t = t.resolve_neg()
+    t = _real(t)
     if layout == "planes" or t.dim() == 2:
         return t.contiguous()
     if t.dim() == 4:
@@ -166,7 +191,7 @@ def small(
     form = (layout, shape, dtype, slope is not None, False, False, 1, 0)
     numbers = (max(count, 1.0), eps, 1.0 if slope is None else slope)
     both = (recipe(direction, *form, *numbers) for direction in ("forward", "backward"))
-    return Small(count, kept_size(shape[1]), 16 * shape[1], *both)
+    return Small(layout, count, kept_size(shape[1]), 16 * shape[1], *both)
 
 
 def _divide(
@@ -229,7 +254,7 @@ def threads_for(x: Tensor) -> int:
 
 def scratch(size: int) -> int:
     if size > _local.scratch.numel():
-        _local.scratch = torch.empty(size, dtype=torch.uint8)
+        _local.scratch = torch.empty(size, dtype=torch.uint8, device=CPU)
     return _local.scratch.data_ptr()
 
 
@@ -272,7 +297,7 @@ def signs_of(x: Tensor, masked: bool) -> int:
     """16-bit words for one bit of each element; rows begin with a new word."""
     n, c, *positions = x.shape
     s = math.prod(positions)
-    if layout_of(x) != "pixels" and not (x.is_contiguous() and s == 1):
+    if lies(x) == "planes":
         return n * c * (_up(s, LANES) // LANES)
     copies = 1 if c >= LANES or masked else _copies(n * s, c)
     return n * s // copies * (_up(c * copies, LANES) // LANES)
@@ -299,7 +324,7 @@ def forward(
     """
     layout, x, weight, bias, residual, mask, eps, slope = call
     channels = x.shape[1]
-    kept = torch.empty(kept_size(channels), dtype=torch.float64)
+    kept = torch.empty(kept_size(channels), dtype=torch.float64, device=CPU)
     flags = 0 if want_y else ONLY
     held_mean = held_var = 0
     divisor = count if count > 1.0 else 1.0
@@ -318,8 +343,10 @@ def forward(
     flags |= _streams(x, layout)
     form = (layout, x.shape, x.dtype, act, added, masked, threads_for(x), flags)
     run, words, room, size = recipe("forward", *form, divisor, eps, 1.0 if slope is None else slope)
-    y = fresh_like(x) if want_y else torch.empty(0)
-    signs = torch.empty(size, dtype=torch.int16) if want_signs and added and act else None
+    y = fresh_like(x) if want_y else kept
+    signs = (
+        torch.empty(size, dtype=torch.int16, device=CPU) if want_signs and added and act else None
+    )
     stats = kept.data_ptr()
     addresses = pointers(
         x.data_ptr(),
@@ -342,11 +369,10 @@ def forward(
     return y, kept, signs
 
 
-def negative(signs: Tensor, x: Tensor, masked: bool) -> Tensor:
-    """The kept signs as bool, in the shape of x."""
-    layout = layout_of(x) or layout_of(x.contiguous()) or "planes"
+def negative(signs: Tensor, x: Tensor, masked: bool, layout: str) -> Tensor:
+    """The kept signs as bool, in the shape of x, which the forward took in that layout."""
     n, c, *positions = x.shape
-    numbers = torch.arange(LANES, dtype=torch.int32)
+    numbers = torch.arange(LANES, dtype=torch.int32, device=CPU)
     bits = ((signs.to(torch.int32).unsqueeze(-1) >> numbers) & 1).bool()
     if layout == "planes":
         rows = bits.view(n * c, -1)[:, : math.prod(positions)]
@@ -384,8 +410,12 @@ def backward(
     run, words, room, _ = recipe("backward", *form, divisor, eps, 1.0 if slope is None else slope)
     dx = fresh_like(x) if want_dx else None
     dresidual = fresh_like(x) if want_dresidual else None
-    dweight = None if weight is None or given else torch.empty(channels)
-    dbias = None if bias is None or given else torch.empty(channels)
+    dweight = (
+        None if weight is None or given else torch.empty(channels, dtype=torch.float32, device=CPU)
+    )
+    dbias = (
+        None if bias is None or given else torch.empty(channels, dtype=torch.float32, device=CPU)
+    )
     stats = kept.data_ptr()
     place = scratch(room + 16 * channels)
     addresses = pointers(

@@ -56,10 +56,11 @@ def _read(act: str) -> Parsed:
     return name, parameter or None
 
 
-def _how(eps: float, act: str, values: float, fixed: bool, added: bool) -> How:
+def _how(eps: float, act: str, values: float, fixed: bool, added: bool, layout: str) -> How:
     parsed = _read(act)
     slope = _autograd.slope_of(parsed)
-    return How(eps, parsed, slope, parsed is not None and slope is None, values, fixed, added)
+    smooth = parsed is not None and slope is None
+    return How(eps, parsed, slope, smooth, values, fixed, added, layout)
 
 
 def _impl(
@@ -77,7 +78,7 @@ def _impl(
     call = (x, weight, bias, residual, mask, given, eps, _read(act))
     y, kept, signs, count = _autograd.compute(*call, True)
     kept[-1] = count
-    return y, kept, torch.empty(0, dtype=torch.int16) if signs is None else signs
+    return y, kept, torch.empty(0, dtype=torch.int16, device=_calls.CPU) if signs is None else signs
 
 
 _batch_norm = torch.library.custom_op(
@@ -123,10 +124,11 @@ def _backward_impl(
     act: str,
     fixed: bool,
     added: bool,
+    layout: str,
     needed: Sequence[bool],
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     saved = Saved(x, weight, bias, residual, mask, kept, signs if signs.numel() else None)
-    how = _how(eps, act, float(kept[-1]), fixed, added)
+    how = _how(eps, act, float(kept[-1]), fixed, added, layout)
     dx, dweight, dbias, dresidual = _autograd.gradients(dy, saved, how, needed)
     # no more than the fake kernel tells; and never dy itself or a view of it, which an operator may
     # not give back: its caller knows that the residual's gradient is dy where nothing bends it
@@ -168,6 +170,7 @@ def _(
     act: str,
     fixed: bool,
     added: bool,
+    layout: str,
     needed: Sequence[bool],
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     return (
@@ -186,6 +189,7 @@ def _keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None
     ctx.save_for_backward(x, weight, bias, residual if smooth else None, mask, kept, signs)
     ctx.mark_non_differentiable(kept, signs)
     ctx.eps, ctx.act, ctx.fixed, ctx.added = eps, act, mean is not None, residual is not None
+    ctx.layout = _calls.lies(x)
 
 
 def _differentiate(ctx: Any, dy: Tensor, *rest: Tensor | None) -> tuple[Tensor | None, ...]:
@@ -194,12 +198,12 @@ def _differentiate(ctx: Any, dy: Tensor, *rest: Tensor | None) -> tuple[Tensor |
     found: tuple[Tensor | None, ...]
     if torch.is_grad_enabled():
         saved = Saved(x, weight, bias, residual, mask, kept, signs if signs.numel() else None)
-        how = _how(ctx.eps, ctx.act, 0.0, ctx.fixed, ctx.added)
+        how = _how(ctx.eps, ctx.act, 0.0, ctx.fixed, ctx.added, ctx.layout)
         found = _autograd.differentiable(dy, saved, how)
     else:
         call = (dy, x, weight, bias, residual, mask, kept, signs)
         dx, dweight, dbias, dresidual = torch.ops.gammabeta.batch_norm_backward.default(
-            *call, ctx.eps, ctx.act, ctx.fixed, ctx.added, needed
+            *call, ctx.eps, ctx.act, ctx.fixed, ctx.added, ctx.layout, needed
         )
         if not _bends(ctx.act, mask, ctx.added, needed):
             dresidual = dy
