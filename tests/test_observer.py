@@ -5,6 +5,7 @@ import copy
 import pytest
 import torch
 from torch import nn
+from torch.nn.utils.parametrizations import spectral_norm
 
 import gammabeta as gb
 from gammabeta.probes import PROBES
@@ -20,13 +21,23 @@ def in_place(model):
     return model
 
 
-# The last two run differently at each call unless the random numbers are replayed.
+def parametrized():
+    """A network whose first weight moves its own buffers whenever it is read in training mode."""
+    model = networks.mlp(norm="gb")
+    first = next(m for m in model.modules() if isinstance(m, nn.Linear))
+    spectral_norm(first)
+    return model
+
+
+SPECTRAL = "spectral normalization"
+# Two run differently at each call unless the random numbers are replayed, one moves its buffers.
 BUILDERS = {
     "mlp of ours": lambda: networks.mlp(norm="gb", act="sigmoid"),
     "convolutions of PyTorch's": lambda: networks.conv_residual(norm="nn"),
     "in place": lambda: in_place(networks.conv_residual(norm="gb")),
     "dropout": lambda: networks.functional_net(norm="nn"),
     "renormalized": lambda: networks.renormalized(),
+    SPECTRAL: parametrized,
 }
 
 
@@ -49,6 +60,16 @@ def step_of(model, optimizer):
     return gb.Step(model, nn.CrossEntropyLoss(), batch_for(model, 8), optimizer=optimizer)
 
 
+@pytest.fixture
+def known(request):
+    """`is_weight_layer` reads a parametrized weight, and this probe asks it outside of a run."""
+    case = {"training": True, **request.node.callspec.params}
+    if (case["probe"], case["network"], case["training"]) == ("jacobian", SPECTRAL, True):
+        reason = "jacobian lists the layers by reading their weights, outside of a run"
+        request.applymarker(pytest.mark.xfail(strict=True, reason=reason))
+
+
+@pytest.mark.usefixtures("known")
 @pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
 @pytest.mark.parametrize("network", BUILDERS)
 @pytest.mark.parametrize("probe", PROBES)
@@ -98,6 +119,7 @@ def test_a_probe_that_raises_midway_leaves_the_training_state_as_it_was(probe):
         assert same(state_of(model, optimizer), before), f"stopped at call {last} of {total}"
 
 
+@pytest.mark.usefixtures("known")
 @pytest.mark.parametrize("network", BUILDERS)
 @pytest.mark.parametrize("probe", PROBES)
 def test_training_with_a_probe_at_each_step_is_training_without(probe, network):

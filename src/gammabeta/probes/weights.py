@@ -57,12 +57,18 @@ _TOLERANCE = 0.02
 
 
 def matrices(step: Step) -> dict[str, str]:
-    """The trainable weight of each weight layer: layer name to parameter name, in forward order."""
+    """The trainable weight of each weight layer: layer name to parameter name, in forward order.
+
+    A weight that is computed from parameters, by a parametrization, is none.
+    """
+    # Not by the attribute: that of a parametrized weight is computed anew, and spectral
+    # normalization then moves its buffers.
     return {
         layer: name
         for layer, names in step.weights.items()
         for name in names
-        if step.model.get_parameter(name) is step.model.get_submodule(layer).weight
+        if step.model.get_parameter(name)
+        is step.model.get_submodule(layer)._parameters.get("weight")
     }
 
 
