@@ -11,7 +11,7 @@ import pytest
 from gammabeta._runs import RunError, read_record
 from gammabeta._runs._record import RecordFile, encoded, header
 from gammabeta.report import _records, page
-from tests.test_report import HOSTILE, chromium, draw_all, opened, write_registry
+from tests.test_report import HOSTILE, chromium, draw_all, opened, write_registry, write_run
 
 assert chromium  # a fixture
 
@@ -184,6 +184,32 @@ def test_the_command_takes_records_and_says_what_is_wrong_with_one(path, tmp_pat
     assert not (tmp_path / "bad.html").exists()
     with pytest.raises(RunError):
         page.write([bad], tmp_path / "bad.html")
+
+
+@pytest.mark.parametrize("way", ["same", "dotted", "link", "hard link", "in a run folder"])
+def test_a_page_never_takes_the_place_of_what_it_shows(way, path, tmp_path):
+    record = tmp_path / "r.jsonl"
+    record.write_bytes(path.read_bytes())
+    given, out, kept = record, record, record
+    if way == "dotted":
+        (tmp_path / "sub").mkdir()
+        out = tmp_path / "sub" / ".." / "r.jsonl"
+    elif way == "link":
+        out = tmp_path / "page.html"
+        out.symlink_to(record)
+    elif way == "hard link":
+        out = tmp_path / "page.html"
+        out.hardlink_to(record)
+    elif way == "in a run folder":
+        given = tmp_path / "run"
+        write_run(given)
+        out = kept = given / "claims.json"
+    before = kept.read_bytes()
+    command = [sys.executable, "-m", "gammabeta", "report", str(given), "-o", str(out)]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert "must not take the place" in done.stderr
+    assert kept.read_bytes() == before
 
 
 # --- in a browser ---------------------------------------------------------------------------

@@ -132,8 +132,8 @@ def _interrupted(given: list[str]) -> str:
 @app.command(
     help_epilogue=examples(
         "report runs/headline -o report.html",
-        "report runs/mine runs/yours -o both.html    # their rows together",
-        "report record.jsonl -o training.html        # what a Recorder wrote",
+        "report runs/mine runs/yours -o c.html   # their rows together",
+        "report record.jsonl -o training.html    # what a Recorder wrote",
     )
 )
 def report(

@@ -40,7 +40,7 @@ def write(paths: Sequence[Path], out: Path) -> Path:
         RunError: a folder is not a run folder, or a file is not what it has to be.
         OSError: `out` cannot be written.
         ImportError: the extra `report` is not installed.
-        ValueError: neither was given.
+        ValueError: neither was given, or `out` is one of them or a file in one that is no page.
 
     Example:
         >>> write([], Path("report.html"))
@@ -64,10 +64,26 @@ def write(paths: Sequence[Path], out: Path) -> Path:
             f"report: expected a file to write, got {out}, which is neither a file nor new. "
             "Name a file with -o."
         )
+    _check_apart(target, runs)
     text = _render(_content.gather(runs))
     # A lone surrogate, which JSON can hold, has no UTF-8; it is shown as "?".
     _replace(target, text.encode("utf-8", "replace"))
     return out
+
+
+def _check_apart(target: Path, runs: Sequence[Path]) -> None:
+    """Refuse to write over what the page is made of."""
+    if not target.exists():
+        return
+    for run in runs:
+        # In a run folder all but a page may be its rows and verdicts.
+        inside = run.is_dir() and target.is_relative_to(run.resolve()) and target.suffix != ".html"
+        if inside or (run.exists() and target.samefile(run)):
+            raise ValueError(
+                f"report: the page must not take the place of what it shows, got the output "
+                f"{target}, which is {'in' if inside else 'the input'} {run}. "
+                "Name another file with -o, one that ends in .html."
+            )
 
 
 def _render(content: _content.Content) -> str:
