@@ -381,10 +381,11 @@ def test_a_probe_that_raises_is_warned_of_once_noted_and_left_out():
         ({"i": torch.tensor(1j)}, "a real number"),
         ({"a\nb": torch.tensor(1.0)}, "a printable name"),
         ({3: torch.tensor(1.0)}, "a printable name"),
-        (None, "AttributeError"),
+        (None, r"TypeError: a probe must return a dict .* got None from '<lambda>'. Return {}"),
+        ([1.0], r"TypeError: a probe must return a dict .* got \[1.0\] from '<lambda>'"),
         ({"text": "three"}, "TypeError"),
     ],
-    ids=["big", "cube", "complex", "newline", "number", "none", "text"],
+    ids=["big", "cube", "complex", "newline", "number", "none", "list", "text"],
 )
 def test_what_a_probe_must_not_return_is_its_error(value, message, tmp_path):
     rec = gb.Recorder(mlp(), probes=(lambda step, memory: value,), path=tmp_path / "r.jsonl")
@@ -402,6 +403,23 @@ def test_a_training_that_diverges_is_recorded():
     assert rec.record().series["weights/0/norm"].values == [math.inf]
 
 
+def test_a_file_that_was_removed_is_begun_anew_and_no_newer_step_is_lost(tmp_path):
+    path = tmp_path / "below" / "r.jsonl"
+    net = mlp()
+    rec = gb.Recorder(net, every=1, probes=(fixed,), path=path, max_overhead=None)
+    batches = batches_of(net, 4)
+    train(net, batches[:1], rec=rec)
+    path.unlink()
+    path.parent.rmdir()
+    with pytest.raises(FileNotFoundError, match=r"none at .*r.jsonl: it was removed or renamed"):
+        rec.record()
+    with pytest.warns(RuntimeWarning, match="failed at step 1: .*removed or renamed; a new file"):
+        train(net, batches[1:3], rec=rec)
+    train(net, batches[3:], rec=rec)
+    assert rec.record().steps == gb.read_record(path).steps == [1, 2, 3]
+    assert rec.record().series["fixed/calls"].values == [2.0, 3.0, 4.0]
+
+
 def test_a_file_that_cannot_be_written_is_warned_of_once(tmp_path):
     path = tmp_path / "r.jsonl"
     net = mlp()
@@ -409,9 +427,11 @@ def test_a_file_that_cannot_be_written_is_warned_of_once(tmp_path):
     batches = batches_of(net, 4)
     train(net, batches[:1], rec=rec)
     kept = path.rename(tmp_path / "kept.jsonl")
-    with pytest.warns(RuntimeWarning, match="the record failed at step 1: No such file") as caught:
+    path.mkdir()
+    with pytest.warns(RuntimeWarning, match="the record failed at step 1: Is a dir") as caught:
         train(net, batches[1:3], rec=rec)
     assert len(caught) == 1
+    path.rmdir()
     kept.rename(path)  # there is room again
     train(net, batches[3:], rec=rec)
     assert gb.read_record(path).steps == [0, 3]
@@ -515,6 +535,8 @@ def test_a_sharded_model_is_refused():
         ({"max_overhead": math.nan}, ValueError, "above 0, got nan"),
         ({"probes": "weights"}, TypeError, r"Write probes=\('weights',\)"),
         ({"probes": ("wieghts",)}, ValueError, "covariate_shift.*got 'wieghts'"),
+        ({"optimizer": "adam"}, TypeError, "must be a torch.optim.Optimizer, got str"),
+        ({"optimizer": sgd(mlp())}, ValueError, "holds none of them.*gb.convert"),
         ({"probes": (3,)}, TypeError, "a name or a function"),
         ({"probes": ("weights", "weights")}, ValueError, "two of the name 'weights'"),
     ],

@@ -249,9 +249,19 @@ def test_a_virtual_step_needs_an_optimizer_of_the_model():
     model = networks.mlp()
     with pytest.raises(RuntimeError, match=r"needs the optimizer .* optimizer=optimizer"):
         step_for(model).updated()
-    other = torch.optim.SGD(networks.mlp().parameters(), lr=0.1)
+    model[0].weight.requires_grad_(False)
+    frozen = torch.optim.SGD([model[0].weight], lr=0.1)
     with pytest.raises(ValueError, match="holds none of the trainable ones"):
-        step_for(model, optimizer=other).updated()
+        step_for(model, optimizer=frozen).updated()
+
+
+def test_an_optimizer_of_something_else_is_said_at_once():
+    model = networks.mlp(norm="nn")
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    with pytest.raises(ValueError, match=r"gammabeta.Step: .* holds none of them.*gb.convert"):
+        step_for(gb.convert(model), optimizer=optimizer)
+    with pytest.raises(TypeError, match=r"must be a torch.optim.Optimizer, got float"):
+        step_for(model, optimizer=0.1)
 
 
 # -- products with Jacobians ------------------------------------------------------------

@@ -80,6 +80,6 @@ def measure(
     ):
         raise TypeError(
             f"gammabeta.measure: a probe must return a dict of tensors by name, got {found!r:.200} "
-            f"from {getattr(function, '__name__', function)!r}."
+            f"from {getattr(function, '__name__', function)!r}. Return {{}} where there is nothing."
         )
     return {key: value.detach().cpu() for key, value in found.items()}

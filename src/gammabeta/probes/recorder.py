@@ -18,6 +18,7 @@ from torch import Tensor, distributed, nn
 
 from gammabeta import __version__
 from gammabeta._guard import unwrap
+from gammabeta._runs import RunError
 from gammabeta._runs._record import (
     MAX_VALUES,
     Record,
@@ -29,7 +30,7 @@ from gammabeta._runs._record import (
     read_record,
 )
 from gammabeta.probes import Probe, probe
-from gammabeta.probes.step import Step
+from gammabeta.probes.step import Step, check_optimizer
 
 Values = dict[str, dict[str, Tensor]]
 
@@ -74,10 +75,10 @@ class Recorder:
     no process holds their parameters.
 
     A probe that raises is warned of once, noted in the record, and tried again at the next; a
-    file that cannot be written is warned of once; the training goes on. Ctrl-C goes through, and
-    the file holds whole lines. The file of an earlier run of the same model and probes is
-    continued: a line that a kill left unfinished is cut off, and the steps are counted on from
-    the last one recorded, or from where `load_state_dict` says.
+    file that cannot be written is warned of once, and one that was removed is begun anew; the
+    training goes on. Ctrl-C goes through, and the file holds whole lines. The file of an earlier
+    run of the same model and probes is continued: a line that a kill left unfinished is cut off,
+    and the steps are counted on from the last one recorded, or from where `load_state_dict` says.
 
     Args:
         model: the module that is trained; DistributedDataParallel or compiled if it is.
@@ -94,8 +95,10 @@ class Recorder:
         skipped: records that were due and were skipped for their cost.
 
     Raises:
-        TypeError: the model is fully sharded, or no module; a probe is neither name nor function.
-        ValueError: `every` or `max_overhead` is not positive, a probe is unknown or named twice;
+        TypeError: the model is fully sharded, or no module; the optimizer is none; a probe is
+            neither name nor function.
+        ValueError: `every` or `max_overhead` is not positive, a probe is unknown or named twice,
+            the optimizer holds none of the model's parameters;
             RunError, a ValueError, where the file is no record, or that of another training.
         OSError: the file cannot be written.
 
@@ -131,6 +134,7 @@ class Recorder:
                 f"{max_overhead!r}. 0.05 lets it take 5 % longer; None sets no limit."
             )
         self._model = unwrap(model, "Recorder")
+        check_optimizer(optimizer, self._model, "Recorder")
         self.steps = 0
         self.skipped = 0
         self._optimizer = optimizer
@@ -237,8 +241,18 @@ class Recorder:
         return self._clock.overhead()
 
     def record(self) -> Record:
-        """What was recorded so far, as `gammabeta.read_record` gives it."""
+        """What was recorded so far, as `gammabeta.read_record` gives it.
+
+        Raises:
+            FileNotFoundError: the file was removed or renamed, and no record taken since then.
+        """
         if self._file is not None:
+            if not os.path.lexists(self._file.path):
+                raise FileNotFoundError(
+                    f"Recorder.record: the file of the record must be where it was written, got "
+                    f"none at {self._file.path}: it was removed or renamed. Put it back; else the "
+                    "next record begins a new one."
+                )
             return read_record(self._file.path)
         return of_rows(self._about, self._rows)
 
@@ -297,9 +311,13 @@ class Recorder:
         errors: dict[str, str] = {}
         for name, measure in self._probes.items():
             try:
-                found = {
-                    key: _small(key, v) for key, v in measure(step, self._memory[name]).items()
-                }
+                returned = measure(step, self._memory[name])
+                if not isinstance(returned, Mapping):
+                    raise TypeError(
+                        f"a probe must return a dict of tensors by name, got {returned!r:.100} "
+                        f"from {name!r}. Return {{}} where there is nothing to tell."
+                    )
+                found = {key: _small(key, value) for key, value in returned.items()}
             except Exception as error:
                 text = "".join(c if c.isprintable() else " " for c in str(error))
                 errors[name] = f"{type(error).__name__}: {text}"[:300]
@@ -325,9 +343,26 @@ class Recorder:
                 self._file.append({"resumed": self._resumed})
                 self._resumed = None
             self._file.append(row)
+        except FileNotFoundError:
+            return {"the record": self._begun_anew(row)}
         except OSError as error:
             return {"the record": f"{error.strerror or error}"}
         return {}
+
+    def _begun_anew(self, row: dict[str, Any]) -> str:
+        """Write the row to a new file in the place of the one that has gone; what there is to say.
+
+        What was in that one is its remover's; the rows from now on are still ours to keep.
+        """
+        assert self._file is not None
+        path = self._file.path
+        try:
+            self._file = RecordFile(path, self._about)
+            self._file.append(row)
+        except (OSError, RunError) as error:
+            return f"{path} was removed or renamed, and no new file can be begun: {error}"
+        self._resumed = None
+        return f"{path} was removed or renamed; a new file begins there with this step"
 
 
 class _Clock:

@@ -84,8 +84,10 @@ class Step:
             or that take more than one input.
 
     Raises:
-        TypeError: the model is no module, is scripted or sharded; no loss function and no forward.
-        ValueError: it has lazy parameters; a batch that is no pair, without ``forward``.
+        TypeError: the model is no module, is scripted or sharded; no loss function and no forward;
+            the optimizer is none.
+        ValueError: it has lazy parameters; a batch that is no pair, without ``forward``; an
+            optimizer that holds none of the model's parameters.
 
     >>> import torch, gammabeta as gb
     >>> model = torch.nn.Linear(1, 1, bias=False)
@@ -114,6 +116,7 @@ class Step:
         forward: Callable[[Any, Any], Tensor] | None = None,
     ) -> None:
         self.model = unwrap(model, "Step")
+        check_optimizer(optimizer, self.model, "Step")
         self.optimizer = optimizer
         if forward is None:
             if not callable(loss_fn):
@@ -526,6 +529,24 @@ def _match(what: str, value: Tensor, like: Tensor) -> None:
         raise ValueError(
             f"gammabeta.Step: the {what} must have the shape of the output, {tuple(like.shape)}, "
             f"got {tuple(value.shape)}."
+        )
+
+
+def check_optimizer(optimizer: object, model: nn.Module, asking: str) -> None:
+    """Raise unless ``optimizer`` is None or an optimizer of some parameter of the model."""
+    if optimizer is None:
+        return
+    if not isinstance(optimizer, torch.optim.Optimizer):
+        raise TypeError(
+            f"gammabeta.{asking}: optimizer must be a torch.optim.Optimizer, got "
+            f"{type(optimizer).__name__}. Give the one whose step() trains the model, or None."
+        )
+    held = {id(p) for group in optimizer.param_groups for p in group["params"]}
+    if not any(id(p) in held for p in model.parameters()):
+        raise ValueError(
+            f"gammabeta.{asking}: the optimizer must hold parameters of the model, got one that "
+            "holds none of them. Build it from the parameters of this very model: gb.convert, for "
+            "one, returns a copy, whose parameters an optimizer made before does not hold."
         )
 
 
