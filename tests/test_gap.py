@@ -408,6 +408,15 @@ def test_the_table_is_at_most_80_wide_and_tells_the_cure():
         (lambda m, x: gb.gap(m, x, earlier={"w": x[0]}), ValueError, "earlier must hold"),
         (lambda m, x: gb.gap(m, x, forward=lambda m, b: b), ValueError, "Pass forward="),
         (lambda m, x: gb.gap(m, [b[:1] for b in x]), ValueError, "more than 1 value per channel"),
+        (lambda m, x: gb.gap(m, [*x, x[0][:1]]), ValueError, r"layer 1 for batches\[40\]"),
+        (lambda m, x: gb.gap(m, [*x, x[0][:0]]), ValueError, r"batches\[40\] with an empty"),
+        (lambda m, x: gb.gap(m, torch.cat(x)), ValueError, r"list of batches: x.split\(32\)"),
+        (lambda m, x: gb.gap(m, [*x, x[0] * math.nan]), ValueError, r"Inf in batches\[40\]"),
+        (
+            lambda m, x: gb.gap(m, x, forward=lambda m, b: m(b) / 0),
+            ValueError,
+            r"the output of layer \(output\) for batches\[0\]",
+        ),
         (lambda m, x: gb.gap(len, x), TypeError, "must be a torch.nn.Module"),
         (
             lambda m, x: gb.gap(nn.Sequential(gb.LazyBatchNorm1d()), x),

@@ -50,7 +50,7 @@ import torch
 from torch import Tensor, nn
 
 from gammabeta._guard import Held, unwrap
-from gammabeta.models._population import Forward, run
+from gammabeta.models._population import Forward, run, tensors
 from gammabeta.moments import Moments
 from gammabeta.probes._modes import OUTPUT, Modes, Statistics, Step
 
@@ -167,7 +167,8 @@ def gap(
 
     Raises:
         ValueError: no batch normalization has running statistics or was reached; fewer than two
-            batches; one value per channel; unknown names in ``earlier``.
+            batches; one value per channel or none; a batch or output that is not finite; unknown
+            names in ``earlier``; a tensor instead of a list.
         TypeError: the model is no module, scripted or sharded.
 
     >>> import torch, gammabeta as gb
@@ -186,6 +187,11 @@ def gap(
     Source: see the module.
     """
     model = unwrap(model, "gap")
+    if isinstance(batches, Tensor):
+        raise ValueError(
+            "gap: batches must be a list of batches, got one tensor of shape "
+            f"{tuple(batches.shape)}. Give a list of batches: x.split(32)."
+        )
     data = list(batches)
     if len(data) < 2:
         raise ValueError(
@@ -199,6 +205,12 @@ def gap(
             "gap: earlier must hold parameters of the model by name, got "
             f"{', '.join(map(repr, list(earlier)[:3])) or 'none'}. Pass a copy of its state_dict()."
         )
+    for number, batch in enumerate(data):
+        if any(not x.numel() for x in tensors(batch)):
+            raise ValueError(
+                f"gap: batches must hold samples, got batches[{number}] with an empty tensor. "
+                "Leave it out."
+            )
     held, modes = Held(model), Modes(model, forward or run)
     trained = None if reference is None else list(reference)
     past = None
@@ -207,7 +219,44 @@ def gap(
             with held.running(moved), modes.ready():
                 past = modes.averages(data if trained is None else trained)
         with held.running(), modes.ready():
-            return _table(modes, data, modes.path(data, past, trained))
+            try:
+                return _table(modes, data, modes.path(data, past, trained))
+            except ValueError:
+                _single(modes, data)
+                raise
+
+
+def finite(value: Any) -> bool:
+    """Whether all floating tensors in a batch or an output are finite."""
+    floating = (t for t in tensors(value) if t.is_floating_point())
+    return all(bool(t.isfinite().all()) for t in floating)
+
+
+def _single(modes: Modes, batches: list[Any]) -> None:
+    """Name the batch and the layer, where training mode has one value to normalize."""
+    for number, batch in enumerate(batches):
+        values: dict[str, int] = {}
+        modes.outputs(batch, values=values)
+        for name, least in values.items():
+            if least < 2 and name in modes.live:
+                raise ValueError(
+                    "gap: training mode must have more than 1 value per channel, got "
+                    f"{least} in layer {name or '(model)'} for batches[{number}]. Leave that batch "
+                    "out (drop_last=True in a loader), or give larger ones."
+                )
+
+
+def _usable(number: int, batch: Any, goal: Mapping[Any, Tensor]) -> None:
+    """Nothing can be compared with NaN."""
+    for key, y in goal.items():
+        if not finite(y):
+            what = f"batches[{number}]"
+            if finite(batch):
+                what = f"the output of layer {key[0] or '(model)'} for {what}"
+            raise ValueError(
+                f"gap: batches and outputs in training mode must be finite, got NaN or Inf in "
+                f"{what}. Leave such batches out; if it is the weights, load others."
+            )
 
 
 class _Sums:
@@ -243,6 +292,7 @@ def _table(modes: Modes, batches: list[Any], path: list[Step]) -> GapTable:
     values: dict[str, int] = {}
     for number, batch in enumerate(batches):
         goal = modes.outputs(batch, training=True, values=values)
+        _usable(number, batch, goal)
         reached = modes.outputs(batch)
         away = {key: y.double() - goal[key].double() for key, y in reached.items()}
         for key, d in away.items():
