@@ -282,6 +282,7 @@ CURES = {  # where the line printed is for the training loop or the data, not fo
     few: lambda model, given: {"batch": batch_for(model, 3 * 6)},
     one: lambda model, given: {"batch": torch.randn(16, 4).double()},
 }
+MADE_ANEW = "  # then make the optimizer anew"
 
 
 def gentle(step, around):
@@ -314,6 +315,8 @@ def test_the_cure_that_is_printed_cures(defect, norm):
         names = {"model": model, "gb": gb, "copy": copy, "torch": torch, "batches": batches}
         exec(cure, names)
         model = names["model"]
+        if cure.endswith(MADE_ANEW):
+            given["optimizer"] = torch.optim.SGD(model.fc.parameters(), lr=0.1)
     assert code not in gb.check(model, **given).codes
 
 
@@ -327,6 +330,114 @@ def test_the_bias_that_the_cure_takes_out_changes_no_output(norm):
     after = [model.train(mode)(x) for mode in (False, True)]
     for a, b in zip(before, after, strict=True):
         torch.testing.assert_close(a, b)
+
+
+class Fork(nn.Module):
+    """One output into two layers, or one module in front of both."""
+
+    def __init__(self, shared):
+        super().__init__()
+        self.shared, self.fc = shared, nn.Linear(4, 8)
+        self.n1, self.n2 = gb.BatchNorm1d(8), nn.BatchNorm1d(8)
+
+    def forward(self, x):
+        y = self.fc(x)
+        return self.n1(y) + 2 * self.n2(self.fc(x.square()) if self.shared else y).relu()
+
+
+@pytest.mark.parametrize("shared", [False, True])
+@pytest.mark.parametrize("wrap", [lambda m: m, nn.DataParallel])
+def test_a_bias_that_feeds_two_layers_is_taken_out_of_both(shared, wrap):
+    torch.manual_seed(0)
+    model, x = Fork(shared), torch.randn(256, 4)
+    gb.calibrate(model, [x])
+    (finding,) = gb.check(wrap(model), x, select="BN009")
+    before = model.eval()(x)
+    exec(finding.cure, {"model": wrap(model), "gb": gb})
+    assert model.fc.bias is None
+    torch.testing.assert_close(model(x), before)
+
+
+def test_a_bias_before_a_layer_with_other_inputs_too_is_cured_by_calibration():
+    class Joined(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.b = nn.Linear(4, 8), nn.Linear(4, 8)
+            self.norm = gb.BatchNorm1d(8)
+
+        def forward(self, x):
+            return self.norm(self.a(x)) + self.norm(self.b(x))
+
+    (finding,) = gb.check(Joined(), torch.randn(256, 4), select="BN009")
+    assert finding.cure.startswith("model.a.bias = None; gb.calibrate(model, batches)")
+
+
+@pytest.mark.parametrize(
+    "wrap",
+    [lambda m: m, nn.DataParallel, lambda m: torch.compile(m, backend="aot_eager")],
+)
+def test_cures_reach_into_wrappers_and_names_that_are_no_identifiers(wrap):
+    model = nn.Module()
+    model.add_module("a-b", nn.Sequential(nn.Linear(4, 8), gb.BatchNorm1d(8, momentum=0.9)))
+    model.add_module("0", gb.BatchNorm1d(8, momentum=0.9))
+    model.forward = lambda x: model._modules["0"](model._modules["a-b"](x))
+    names = {"model": wrap(model), "gb": gb}
+    x = torch.randn(256, 4)
+    found = gb.check(names["model"], x, select="BN007,BN009")
+    assert found.codes == ("BN007", "BN009")
+    for finding in found:
+        exec(finding.cure, names)
+    assert gb.check(names["model"], x, select="BN007,BN009") == []
+
+
+# -- what cannot be measured ----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("norm", [nn.BatchNorm1d, gb.BatchNorm1d])
+def test_without_running_statistics_rules_about_them_are_not_tried(norm):
+    model = nn.Sequential(nn.Linear(8, 16), norm(16, track_running_stats=False))
+    for given in ({"batch": torch.randn(8, 8)}, {"batches": torch.randn(24, 8).split(8)}):
+        found = gb.check(model, **given)
+        assert found.codes == ("BN006", "BN009")
+        assert set(found.skipped) == {"BN005", "BN008"}
+        assert "no layer has running statistics" in found.skipped["BN008"]
+
+
+@pytest.mark.parametrize("norm", [nn.BatchNorm1d, gb.BatchNorm1d])
+@pytest.mark.parametrize(("value", "what"), [("batch", "the batch"), ("weight", "layer 2")])
+def test_what_is_not_finite_is_said_and_not_measured(norm, value, what):
+    model = nn.Sequential(nn.Linear(8, 16), norm(16), nn.Linear(16, 16), norm(16))
+    x = torch.randn(256, 8)
+    gb.calibrate(model, [x])
+    with torch.no_grad():
+        (x if value == "batch" else model[2].weight)[3, 3] = math.nan
+    found = gb.check(model, x)
+    assert {"BN005", "BN008", "BN009"} <= set(found.skipped)
+    for code in ("BN005", "BN008", "BN009"):
+        assert f"{what} is not finite" in found.skipped[code]
+    assert "nan" not in str(found).lower()
+
+
+def test_a_measurement_that_fails_leaves_the_other_rules():
+    class Fussy(nn.Sequential):
+        def forward(self, x):
+            if self.training:
+                raise RuntimeError("no training here")
+            return super().forward(x)
+
+    model = Fussy(nn.Linear(8, 16), nn.BatchNorm1d(16, momentum=0.9))
+    found = gb.check(model, torch.randn(64, 8))
+    assert found.codes == ("BN007",)
+    assert "raised RuntimeError: no training here" in found.skipped["BN009"]
+
+
+def test_an_optimizer_must_be_one_of_this_model():
+    model = resnet_like()
+    other = torch.optim.SGD(resnet_like().parameters(), lr=0.1)
+    with pytest.raises(ValueError, match=r"holds none: make it after gb\.convert"):
+        gb.check(model, optimizer=other)
+    with pytest.raises(TypeError, match=r"must be a torch\.optim\.Optimizer, got float"):
+        gb.check(model, optimizer=0.1)
 
 
 # -- the effects are numbers of this model --------------------------------------------------------
@@ -626,6 +737,16 @@ def mismatched():
 def nothing():
     return 3
 
+def leaves():
+    raise SystemExit(0)
+
+def talks():
+    print("loading")
+    return clean()
+
+def misspelled():
+    return {**clean(), "optimiser": None}
+
 model = network(False)
 number = 3
 """
@@ -669,6 +790,13 @@ def test_the_command_tells_the_same_as_json(factories, capsys):
     assert len(told["tried"]) == 9
 
 
+def test_what_a_factory_prints_is_no_part_of_the_json(factories, capsys):
+    code, out, err = command(capsys, f"{factories}:talks", "--json")
+    assert code == 0
+    assert json.loads(out)["findings"] == []
+    assert err == "loading\n"
+
+
 def test_the_command_explains_rules(capsys):
     code, out, _ = command(capsys, "--explain", "bn004")
     assert code == 0
@@ -693,6 +821,8 @@ def test_the_help_has_examples_at_80_columns(capsys, monkeypatch):
         (["{}:number"], "must be a function, got int"),
         (["{}:nothing"], "must return a model"),
         (["{}:raises"], "raised KeyError: 'lost'"),
+        (["{}:leaves"], "left with SystemExit(0)"),
+        (["{}:misspelled"], "keys among model, batch, optimizer, batches"),
         (["{}:mismatched"], "shapes cannot be multiplied"),
         (["{}:clean", "--select", "BN99"], "BN001 to BN010, got 'BN99'"),
         (["--explain", "BN011"], "BN001 to BN010, got 'BN011'"),

@@ -82,8 +82,9 @@ def check(
         A list of findings, empty if there are none; ``print`` tells all.
 
     Raises:
-        ValueError: no such code; a model without batch normalization; lazy parameters.
-        TypeError: the model is no module, scripted or sharded.
+        ValueError: no such code; a model without batch normalization; lazy parameters; an
+            optimizer that holds none of the model's parameters.
+        TypeError: the model is no module, scripted or sharded; the optimizer is none.
 
     >>> import torch, gammabeta as gb
     >>> layer = gb.BatchNorm1d(16, momentum=0.9)
@@ -110,6 +111,7 @@ def check(
             f"check: expected a model with batch normalizations, got {type(model).__name__} "
             "without. There is nothing to check."
         )
+    _holding(evidence)
     findings, tried, skipped = [], [], {}
     for code in sorted(chosen):
         rule = RULES[code]
@@ -125,6 +127,25 @@ def check(
                 Finding(code, rule.title, places, found.effect, found.cure, found.values)
             )
     return Findings(findings, tried, skipped)
+
+
+def _holding(evidence: Evidence) -> None:
+    """An optimizer of other parameters would make everything look frozen."""
+    optimizer = evidence.optimizer
+    if optimizer is None:
+        return
+    if not isinstance(optimizer, torch.optim.Optimizer):
+        raise TypeError(
+            "check: optimizer must be a torch.optim.Optimizer, got "
+            f"{type(optimizer).__name__}. Pass the one that trains the model, or none."
+        )
+    held = {id(p) for group in optimizer.param_groups for p in group["params"]}
+    own = [id(p) for p in evidence.model.parameters()]
+    if own and held.isdisjoint(own):
+        raise ValueError(
+            "check: the optimizer must hold parameters of this model, holds none: make it after "
+            "gb.convert."
+        )
 
 
 def codes_of(given: str | Iterable[str], argument: str) -> list[str]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import keyword
 import math
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
@@ -21,7 +22,7 @@ from gammabeta.models._population import Call, Forward, run, tensors, watch
 from gammabeta.moments import Moments
 from gammabeta.ops import _torch
 from gammabeta.probes._modes import Layer, Modes, epsilon, pair, per_channel
-from gammabeta.probes.train_eval import GapTable, gap
+from gammabeta.probes.train_eval import GapTable, finite, gap
 
 _DRAWS = 4  # of dropout masks
 _PARTS = 8  # of a batch, where the gap is measured with one
@@ -55,6 +56,7 @@ class Trained(NamedTuple):
         once, all: by how many standard deviations the running means moved by then.
         biases: (module with a bias, layer that it feeds directly): of the gradient that passes
             through the module's output, the part that its bias receives.
+        mixed: of those layers, the ones that something else enters too.
     """
 
     forward: dict[str, int]
@@ -62,6 +64,7 @@ class Trained(NamedTuple):
     once: dict[str, float]
     all: dict[str, float]
     biases: dict[tuple[str, str], float]
+    mixed: set[str]
 
 
 class Watched(NamedTuple):
@@ -94,6 +97,7 @@ class Evidence:
         epoch: int | None,
     ) -> None:
         self.given, self.model = model, unwrap(model, "check")
+        self.root = _inside(self.given, self.model)
         self._batches = None if batches is None else list(batches)
         self._batch = self._batches[0] if batch is None and self._batches else batch
         self.optimizer, self.forward = optimizer, forward or run
@@ -132,6 +136,24 @@ class Evidence:
             for name, layer in self.live.items()
             if layer.track_running_stats and layer._buffers.get("running_mean") is not None
         }
+
+    def path(self, name: str) -> str:
+        """The Python expression for a module of the model that was given."""
+        text, module = self.root, self.model
+        for part in name.split(".") if name else ():
+            inside = module._modules.get(part)
+            if part.isdigit() and isinstance(module, nn.Sequential | nn.ModuleList):
+                text += f"[{part}]"
+            elif (
+                part.isidentifier()
+                and not keyword.iskeyword(part)
+                and part not in dir(type(module))
+            ):
+                text += f".{part}"
+            else:
+                return f"{self.root}.get_submodule({name!r})"
+            module = inside if inside is not None else nn.Module()
+        return text
 
     def counted(self, name: str) -> int:
         tracked = self.layers[name].num_batches_tracked
@@ -177,8 +199,52 @@ class Evidence:
         return found
 
     @cached_property
+    def broken(self) -> str:
+        """What is not finite in training mode, in words; "" where all is."""
+        self.needs_pairs()
+        first: list[str] = []
+        reached: list[str] = []
+
+        def enter(call: Call, x: Tensor, mask: Tensor | None) -> None:
+            # what a mask hides may be anything
+            if not bool(Moments.of(x, mask).m2.isfinite().all()):
+                reached.append(call[0])
+
+        def leaving(name: str) -> Callable[..., None]:
+            def hook(module: nn.Module, args: Any, y: Any) -> None:
+                if not first and not finite(y):
+                    first.append(name)
+
+            return hook
+
+        with torch.no_grad(), self.held.running():
+            for name, module in self.model.named_modules():
+                if not module._modules:
+                    module.register_forward_hook(leaving(name))
+            with watch(self.layers, enter):
+                result = self.forward(self.model, copied(self.batch))
+        if not reached and finite(result):
+            return ""
+        if not finite(self.batch):
+            return "the batch"
+        if first:
+            return f"the output of layer {first[0] or '(model)'}"
+        return f"what layer {reached[0] or '(model)'} gets" if reached else "the model's output"
+
+    def needs_finite(self) -> None:
+        """Nothing can be told from NaN."""
+        with _reported("a pass in training mode"):
+            broken = self.broken
+        if broken:
+            raise Untried(f"{broken} is not finite")
+
+    @cached_property
     def trained(self) -> Trained:
         self.needs_pairs()
+        with _reported("a pass in training mode"):
+            return self._trained()
+
+    def _trained(self) -> Trained:
         leaves = {n: p.clone().requires_grad_() for n, p in self.held.parameters().items()}
         with torch.enable_grad(), self.held.running(leaves):
             biases = _Biases(self.model, self.live)
@@ -198,6 +264,7 @@ class Evidence:
             {name: once.get(name, 0.0) for name in names},
             {name: whole.get(name, 0.0) for name in names},
             found,
+            biases.mixed,
         )
 
     def needs_pairs(self) -> None:
@@ -210,14 +277,20 @@ class Evidence:
                     "needs two: give a larger batch"
                 )
 
+    def needs_statistics(self) -> None:
+        if not any(pair(layer) for layer in self.layers.values()):
+            raise Untried("no layer has running statistics: both modes normalize by the batch")
+
     @cached_property
     def variances(self) -> dict[str, tuple[Tensor, Tensor, Tensor]]:
         """(mean with dropout, variance with, variance without) of what enters each live layer."""
-        self.needs_pairs()
-        modes = Modes(self.model, self.forward)
-        with torch.no_grad(), self.held.running(), modes.ready():
-            with_it = modes.averages([self.batch] * _DRAWS)
-            without = modes.averages([self.batch], dropout=False)[0]
+        self.needs_statistics()
+        self.needs_finite()
+        with _reported("a pass in training mode"):
+            modes = Modes(self.model, self.forward)
+            with torch.no_grad(), self.held.running(), modes.ready():
+                with_it = modes.averages([self.batch] * _DRAWS)
+                without = modes.averages([self.batch], dropout=False)[0]
         found = {}
         for name, (count, mean, _, var) in with_it[0].merge(with_it[1]).items():
             if name in without:
@@ -246,8 +319,11 @@ class Evidence:
 
     @cached_property
     def gaps(self) -> GapTable:
-        self.needs_pairs()
-        return gap(self.model, self.compared, forward=self.forward)
+        self.needs_statistics()
+        self.needs_finite()
+        compared = self.compared
+        with _reported("gb.gap"):
+            return gap(self.model, compared, forward=self.forward)
 
     def while_running(self, function: Callable[[nn.Module, Any], Any]) -> Watched:
         """What the user's ``function(model, batch)`` does in each layer."""
@@ -336,12 +412,34 @@ class Evidence:
         return moved
 
 
+@contextmanager
+def _reported(what: str) -> Iterator[None]:
+    """A measurement that fails costs its rules, not the report."""
+    try:
+        yield
+    except Untried:
+        raise
+    except Exception as error:
+        said = str(error).strip().partition("\n")[0].removesuffix(".")
+        raise Untried(f"{what} raised {type(error).__name__}: {said}") from error
+
+
+def _inside(given: nn.Module, model: nn.Module) -> str:
+    """The expression for the model inside of wrappers."""
+    text, module = "model", given
+    while module is not model:
+        key = "_orig_mod" if "_orig_mod" in module._modules else "module"
+        text, module = f"{text}.{key}", module.get_submodule(key)
+    return text
+
+
 class _Biases:
     """Which biases feed a normalization directly, and what gradient they receive."""
 
     def __init__(self, model: nn.Module, layers: dict[str, Layer]) -> None:
         self._made: dict[int, tuple[str, Tensor, int]] = {}
-        self._pairs: dict[tuple[str, str], None] = {}
+        self._pairs: dict[tuple[str, str], int] = {}
+        self._calls: dict[str, int] = {}
         self._through: dict[str, float] = {}
         for name, module in model.named_modules():
             bias = module._parameters.get("bias")
@@ -370,14 +468,21 @@ class _Biases:
 
     def _entering(self, name: str) -> Callable[..., None]:
         def hook(module: nn.Module, args: Any) -> None:
+            self._calls[name] = self._calls.get(name, 0) + 1
             x = args[0] if args else None
             if not isinstance(x, Tensor):
                 return
             found = self._made.get(x.untyped_storage()._cdata)
             if found is not None and found[1].numel() == x.numel() and found[2] == x._version:
-                self._pairs[found[0], name] = None
+                fed = found[0], name
+                self._pairs[fed] = self._pairs.get(fed, 0) + 1
 
         return hook
+
+    @property
+    def mixed(self) -> set[str]:
+        """Layers that something else enters too than the one module with a bias."""
+        return {name for (_, name), n in self._pairs.items() if n != self._calls[name]}
 
     def shares(self, leaves: dict[str, Tensor]) -> dict[tuple[str, str], float]:
         found = {}

@@ -95,12 +95,6 @@ def listed(names: Iterable[str], most: int = 4) -> str:
     return f"{', '.join(shown[: most - 1])} and {len(shown) - most + 1} more"
 
 
-def path(name: str) -> str:
-    """The Python expression for a module of ``model``."""
-    parts = (f"[{part}]" if part.isdigit() else f".{part}" for part in name.split(".") if part)
-    return "model" + "".join(parts)
-
-
 def percent(share: float) -> str:
     return f"{100 * share:.0f} %" if abs(share) >= 0.095 else f"{100 * share:.2g} %"
 

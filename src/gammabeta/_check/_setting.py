@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import math
+from contextlib import suppress
 
 import torch
 
 from gammabeta._check._evidence import Evidence
-from gammabeta._check._finding import Found, path, percent, worst
+from gammabeta._check._finding import Found, Untried, percent, worst
 
 _VALUES = 16
 _CHANGE = 0.05
@@ -49,7 +50,10 @@ def few_values(evidence: Evidence) -> Found | None:
         effect += ": training mode is an error"
     else:
         effect += f": each batch's mean is off by {percent(1 / math.sqrt(least))} of the spread"
-        noise = {row.name: row.parts["noise"] for row in evidence.gaps} if evidence.several else {}
+        noise = {}
+        if evidence.several:
+            with suppress(Untried):
+                noise = {row.name: row.parts["noise"] for row in evidence.gaps}
         if place in noise:
             effect += f", and noise moves the layer's output by {percent(noise[place])}"
     factor = math.ceil(_VALUES / max(least, 1))
@@ -99,7 +103,7 @@ def dropout_before(evidence: Evidence) -> Found | None:
     )
     cure = "gb.calibrate(model, batches)  # after training; or dropout behind the last layer"
     if dropout:
-        cure = f"{path(dropout)}.p = 0.0  # or after training gb.calibrate(model, batches)"
+        cure = f"{evidence.path(dropout)}.p = 0.0  # or after training gb.calibrate(model, batches)"
     return Found({name: values[name] for name in order}, effect, cure)
 
 
@@ -129,26 +133,36 @@ def bias_before(evidence: Evidence) -> Found | None:
     """
     _ = evidence.batch
     values: dict[str, float] = {}
-    lines = []
+    fed: dict[str, list[str]] = {}
     number = 0
+    evidence.needs_finite()
     for (producer, name), share in evidence.trained.biases.items():
         bias = evidence.model.get_submodule(producer)._parameters["bias"]
         assert bias is not None
         if share > math.sqrt(torch.finfo(bias.dtype).eps):
             continue
+        if producer not in fed:
+            number += bias.numel()
         values[producer] = share
-        number += bias.numel()
-        line = f"{path(producer)}.bias = None"
-        if name in evidence.updating:
-            line = f"{path(name)}.running_mean -= {path(producer)}.bias.data; {line}"
-        lines.append(line)
+        fed.setdefault(producer, []).append(name)
     if not values:
         return None
+    cure = _without_bias(evidence, *next(iter(fed.items())))
+    if len(fed) > 1:
+        cure += f"{',' if '#' in cure else '  #'} and so for {len(fed) - 1} more"
     effect = (
         f"{number} parameters do nothing: of the gradient through {worst(values)[0]} its bias "
         f"receives {max(values.values()):.1g}, which is rounding"
     )
-    cure = lines[0]
-    if len(lines) > 1:
-        cure += f"  # and so for {len(lines) - 1} more"
     return Found(values, effect, cure)
+
+
+def _without_bias(evidence: Evidence, producer: str, names: list[str]) -> str:
+    """The line that takes a bias out of all layers that it feeds."""
+    place = evidence.path(producer)
+    line = f"{place}.bias = None"
+    updating = [name for name in names if name in evidence.updating]
+    if any(name in evidence.trained.mixed for name in updating):
+        return f"{line}; gb.calibrate(model, batches)  # running means hold other inputs too"
+    taken = [f"{evidence.path(name)}.running_mean -= {place}.bias.data" for name in updating]
+    return "; ".join([*taken, line])

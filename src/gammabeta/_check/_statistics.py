@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 
 from gammabeta._check._evidence import Evidence
-from gammabeta._check._finding import Found, Untried, path, percent, worst
+from gammabeta._check._finding import Found, Untried, percent, worst
 from gammabeta.probes._modes import pair
 from gammabeta.probes.train_eval import CAUSES, LayerGap
 
@@ -214,9 +214,10 @@ def momentum(evidence: Evidence) -> Found | None:
                 f"momentum {weight:g}: a half-life of {_half_life(weight):.0f} steps, in an epoch "
                 f"of {evidence.epoch}"
             )
-        cure = f"{path(name)}.momentum = {better:g}"
+        cure = f"{evidence.path(name)}.momentum = {better:g}"
         if len(values) > 1:
-            cure = f"for name in {list(values)!r}: model.get_submodule(name).momentum = {better:g}"
+            each = f"{evidence.root}.get_submodule(name)"
+            cure = f"for name in {list(values)!r}: {each}.momentum = {better:g}"
         cures.append(cure)
     if not said:
         return None

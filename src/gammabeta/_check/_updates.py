@@ -7,7 +7,7 @@ import math
 from torch import nn
 
 from gammabeta._check._evidence import Evidence
-from gammabeta._check._finding import Found, Untried, listed, path, worst
+from gammabeta._check._finding import Found, Untried, listed, worst
 
 
 def counted_twice(evidence: Evidence) -> Found | None:
@@ -72,7 +72,10 @@ def counted_twice(evidence: Evidence) -> Found | None:
         return None
     effect = f"one step updates them {max(counts.values())} times ({cause})"
     if evidence._batch is not None:
-        once = evidence.trained.once
+        try:
+            once = evidence.trained.once
+        except Untried:
+            once = {}
         both = {n: (moved[n], once[n]) for n in counts if once.get(n) and moved.get(n)}
         if both:
             place = max(both, key=lambda n: abs(math.log(both[n][0] / both[n][1])))
@@ -133,6 +136,7 @@ def frozen_but_updating(evidence: Evidence) -> Found | None:
     if not found:
         return None
     try:
+        evidence.needs_finite()
         moved = evidence.trained.once
         values = {name: moved[name] for name in found if name in moved}
         place, shift = worst(values)
@@ -144,11 +148,13 @@ def frozen_but_updating(evidence: Evidence) -> Found | None:
         values = {name: evidence.layers[name].momentum or 0.0 for name in found}
         effect = f"each training batch enters the running statistics of {listed(found)}"
     whole = _around(evidence, set(found))
-    cure = f"gb.freeze({path(whole[0])})"
+    cure = f"gb.freeze({evidence.path(whole[0])})"
     if len(whole) > 1:
-        cure = f"for name in {whole!r}: gb.freeze(model.get_submodule(name))"
+        cure = f"for name in {whole!r}: gb.freeze({evidence.root}.get_submodule(name))"
     if not evidence.ours(found):
         cure = f"model = gb.convert(model); {cure}"
+        if evidence.optimizer is not None:
+            cure += "  # then make the optimizer anew"
     return Found(values, effect, cure)
 
 
@@ -211,9 +217,10 @@ def outside_training(evidence: Evidence) -> Found | None:
     )
     names = list(moved)
     own = _overriding(evidence.model, names[0])
-    cure = f"for name in {names!r}: model.get_submodule(name).eval()  # after each model.eval()"
+    each = f"{evidence.root}.get_submodule(name)"
+    cure = f"for name in {names!r}: {each}.eval()  # after each model.eval()"
     if own is not None:
-        cure = f"type({path(own)}).train = torch.nn.Module.train"
+        cure = f"type({evidence.path(own)}).train = torch.nn.Module.train"
     return Found(moved, effect, cure)
 
 
@@ -263,6 +270,7 @@ def several_sites(evidence: Evidence) -> Found | None:
         for name, calls in evidence.seen.calls.items():
             if calls < 2 or name not in evidence.updating:
                 continue
+            evidence.needs_finite()
             each = [evidence.seen.moments[name, call] for call in range(calls)]
             whole = each[0]
             for moments in each[1:]:
@@ -281,7 +289,11 @@ def several_sites(evidence: Evidence) -> Found | None:
         )
     first = next(iter(values))
     other = names[first][1] if len(names[first]) > 1 else f"{first}_2"
-    cure = f"{path(other)} = copy.deepcopy({path(first)})"
+    target, value = evidence.path(other), f"copy.deepcopy({evidence.path(first)})"
+    cure = f"{target} = {value}"
+    if target.endswith(")"):
+        around, _, own = other.rpartition(".")
+        cure = f"setattr({evidence.path(around)}, {own!r}, {value})"
     if len(names[first]) < 2:
         cure += "  # and call it at the second place"
     return Found({k: v if math.isfinite(v) else math.inf for k, v in values.items()}, effect, cure)

@@ -5,8 +5,9 @@ from __future__ import annotations
 import sys
 import traceback
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext, redirect_stdout
 from importlib import import_module
+from inspect import signature
 from typing import Annotated, Any
 
 from cyclopts import Group, Parameter
@@ -61,11 +62,14 @@ def check(
             raise Unusable(
                 "A model was expected: gammabeta check MODULE:FACTORY, or --explain BN004."
             )
-        arguments = _made(target)
+        # what the user's code prints is no part of the report
+        with redirect_stdout(sys.stderr) if json else nullcontext():
+            arguments = _made(target)
         for name, given in (("select", select), ("ignore", ignore)):
             if given is not None:
                 arguments[name] = ",".join(given)
-        with _theirs(f"Checking what {target} returned"):
+        redirected = redirect_stdout(sys.stderr) if json else nullcontext()
+        with redirected, _theirs(f"Checking what {target} returned"):
             found = find(arguments.pop("model"), **arguments)
     if json:
         findings = [jsonable(finding) for finding in found]
@@ -82,6 +86,11 @@ def _theirs(what: str) -> Iterator[None]:
         yield
     except Unusable:
         raise
+    except SystemExit as error:
+        raise Unusable(
+            f"{what} left with SystemExit({error.code!r}). A factory must return the model: call "
+            "nothing in it that ends the program."
+        ) from error
     except Exception as error:
         spoken = isinstance(error, ValueError | TypeError) and str(error).startswith(_OWN)
         if not spoken:
@@ -94,11 +103,20 @@ def _made(target: str) -> dict[str, Any]:
     """The arguments of the check that the factory returns."""
     from torch import nn
 
+    from gammabeta._check import check as find
+
     factory = _factory(target)
     with _theirs(target):
         made = factory if isinstance(factory, nn.Module) else factory()
     if isinstance(made, Mapping):
         arguments = dict(made)
+        known = list(signature(find).parameters)
+        unknown = [key for key in arguments if key not in known]
+        if unknown:
+            raise Unusable(
+                f"{target} must return a dict with keys among {', '.join(known)}, got "
+                f"{', '.join(map(repr, unknown))}."
+            )
     elif isinstance(made, tuple):
         if len(made) > len(_ARGUMENTS):
             raise Unusable(
