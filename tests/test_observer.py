@@ -60,16 +60,6 @@ def step_of(model, optimizer):
     return gb.Step(model, nn.CrossEntropyLoss(), batch_for(model, 8), optimizer=optimizer)
 
 
-@pytest.fixture
-def known(request):
-    """`is_weight_layer` reads a parametrized weight, and this probe asks it outside of a run."""
-    case = {"training": True, **request.node.callspec.params}
-    if (case["probe"], case["network"], case["training"]) == ("jacobian", SPECTRAL, True):
-        reason = "jacobian lists the layers by reading their weights, outside of a run"
-        request.applymarker(pytest.mark.xfail(strict=True, reason=reason))
-
-
-@pytest.mark.usefixtures("known")
 @pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
 @pytest.mark.parametrize("network", BUILDERS)
 @pytest.mark.parametrize("probe", PROBES)
@@ -119,7 +109,6 @@ def test_a_probe_that_raises_midway_leaves_the_training_state_as_it_was(probe):
         assert same(state_of(model, optimizer), before), f"stopped at call {last} of {total}"
 
 
-@pytest.mark.usefixtures("known")
 @pytest.mark.parametrize("network", BUILDERS)
 @pytest.mark.parametrize("probe", PROBES)
 def test_training_with_a_probe_at_each_step_is_training_without(probe, network):

@@ -265,6 +265,5 @@ def test_wrong_parameters_are_named(keywords):
 
 def test_an_optimizer_of_other_parameters_is_an_error():
     other = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=0.1)
-    step = networks.step_for(networks.mlp(), optimizer=other)
-    with pytest.raises(ValueError, match="optimizer must hold parameters of the model"):
-        gb.measure(step, "smoothness")
+    with pytest.raises(ValueError, match="optimizer must hold parameters of"):
+        networks.step_for(networks.mlp(), optimizer=other)

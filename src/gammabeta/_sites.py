@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
@@ -96,9 +96,13 @@ def is_weight_layer(module: nn.Module) -> bool:
 
 
 def _has_weight(module: nn.Module) -> bool:
-    own = "weight" in module._parameters or parametrize.is_parametrized(module, "weight")
+    if parametrize.is_parametrized(module, "weight"):
+        # never the attribute: reading it in training mode moves the state of spectral_norm
+        parts = cast(nn.ModuleDict, module.parametrizations)["weight"]._parameters.values()
+        dims = [part.dim() for part in parts if isinstance(part, Tensor)]
+        return max(dims, default=0) > 1 and not is_normalization(module)
     # the older hooks for spectral and weight normalization put a tensor in the parameter's place
-    weight = getattr(module, "weight", None) if own else module.__dict__.get("weight")
+    weight = module._parameters.get("weight", module.__dict__.get("weight"))
     return isinstance(weight, Tensor) and weight.dim() > 1 and not is_normalization(module)
 
 
