@@ -57,12 +57,14 @@ def train(
     stops: Collection[int],
     batch: int = 64,
     loss: str = "mean",
+    optimizer: str = "sgd",
 ) -> Iterator[tuple[int, float]]:
-    """Stochastic gradient descent on cross-entropy, in place; pauses where it is asked to.
+    """Train on cross-entropy, in place; pauses where it is asked to.
 
-    w <- w - rate * dL/dw, with L the mean or the sum over the batch. After each step in ``stops``
-    it yields the step and that step's mean loss (of the batch, before the update); the caller
-    evaluates there, then the loop goes on. A loss that is not finite is not an error.
+    L is the mean or the sum over the batch; SGD is w <- w - rate * dL/dw. After each step in
+    ``stops`` it yields the step and that step's mean loss (of the batch, before the update); the
+    parameters' ``grad`` then holds that step's dL/dw. The caller evaluates there, then the loop
+    goes on. A loss that is not finite is not an error.
 
     Args:
         images: uint8 (N, H, W) or (N, pixels); labels: int64 (N,).
@@ -70,20 +72,30 @@ def train(
         order: source of the batch order.
         stops: steps, counted from 1, after which to pause.
         loss: "mean" or "sum".
+        optimizer: "sgd" (without momentum) or "adam" (PyTorch's, its defaults but for the rate).
     """
     if loss not in ("mean", "sum"):
         raise ValueError(f'loss must be "mean" or "sum", got {loss!r}.')
+    if optimizer not in ("sgd", "adam"):
+        raise ValueError(f'optimizer must be "sgd" or "adam", got {optimizer!r}.')
     flat = images.flatten(1)
     parameters = list(net.parameters())
     wanted = frozenset(stops)
+    adam = torch.optim.Adam(parameters, lr=rate) if optimizer == "adam" else None
     net.train()
     for step, index in zip(range(1, steps + 1), batches(len(flat), batch, order), strict=False):
         x = pixels(flat.index_select(0, index), pixel_max)
         value = cross_entropy(net(x), labels.index_select(0, index), reduction=loss)
         gradients = torch.autograd.grad(value, parameters)
-        with torch.no_grad():
+        if adam is not None or step in wanted:
             for parameter, gradient in zip(parameters, gradients, strict=True):
-                parameter.sub_(gradient, alpha=rate)
+                parameter.grad = gradient
+        if adam is not None:
+            adam.step()
+        else:
+            with torch.no_grad():
+                for parameter, gradient in zip(parameters, gradients, strict=True):
+                    parameter.sub_(gradient, alpha=rate)
         if step in wanted:
             yield step, value.item() / (batch if loss == "sum" else 1)
 
