@@ -18,6 +18,7 @@ from gammabeta.ops._cpu._autograd import How, Saved
 
 # Any layout will do: without this the compiler would copy what it keeps channels-last.
 _TAGS = (torch.Tag.flexible_layout,)
+_LAYOUTS = ("planes", "pixels")
 
 
 def forward(
@@ -39,7 +40,7 @@ def forward(
         return y, given
     c = x.shape[1]
     kept = kept.detach()
-    n = kept[-1].expand(c) if valid is not None else kept[-1]
+    n = kept[-2].expand(c) if valid is not None else kept[-2]
     return y, Moments(n, kept[:c], kept[c : 2 * c])
 
 
@@ -77,7 +78,8 @@ def _impl(
     given = None if mean is None or var is None else Moments.given(mean, var)
     call = (x, weight, bias, residual, mask, given, eps, _read(act))
     y, kept, signs, count = _autograd.compute(*call, True)
-    kept[-1] = count
+    # with the layout, since the compiler may bring x here in another than it was traced in
+    kept[-2], kept[-1] = count, _LAYOUTS.index(_calls.lies(x))
     return y, kept, torch.empty(0, dtype=torch.int16, device=_calls.CPU) if signs is None else signs
 
 
@@ -124,17 +126,22 @@ def _backward_impl(
     act: str,
     fixed: bool,
     added: bool,
-    layout: str,
     needed: Sequence[bool],
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     saved = Saved(x, weight, bias, residual, mask, kept, signs if signs.numel() else None)
-    how = _how(eps, act, float(kept[-1]), fixed, added, layout)
+    values, layout = float(kept[-2]), _LAYOUTS[int(kept[-1])]
+    how = _how(eps, act, values, fixed, added, layout)
     dx, dweight, dbias, dresidual = _autograd.gradients(dy, saved, how, needed)
     # no more than the fake kernel tells; and never dy itself or a view of it, which an operator may
     # not give back: its caller knows that the residual's gradient is dy where nothing bends it
-    dx = dx if needed[0] else None
-    dresidual = dresidual if _bends(act, mask, added, needed) else None
+    dx = _as(dx, x) if needed[0] else None
+    dresidual = _as(dresidual, x) if _bends(act, mask, added, needed) else None
     return _there(dx, x), _there(dweight, x), _there(dbias, x), _there(dresidual, x)
+
+
+def _as(t: Tensor | None, x: Tensor) -> Tensor | None:
+    """t in the layout that the fake kernel tells."""
+    return None if t is None else _calls.arranged(t, _calls.lies(x))
 
 
 def _there(t: Tensor | None, x: Tensor) -> Tensor:
@@ -170,7 +177,6 @@ def _(
     act: str,
     fixed: bool,
     added: bool,
-    layout: str,
     needed: Sequence[bool],
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     return (
@@ -203,7 +209,7 @@ def _differentiate(ctx: Any, dy: Tensor, *rest: Tensor | None) -> tuple[Tensor |
     else:
         call = (dy, x, weight, bias, residual, mask, kept, signs)
         dx, dweight, dbias, dresidual = torch.ops.gammabeta.batch_norm_backward.default(
-            *call, ctx.eps, ctx.act, ctx.fixed, ctx.added, ctx.layout, needed
+            *call, ctx.eps, ctx.act, ctx.fixed, ctx.added, needed
         )
         if not _bends(ctx.act, mask, ctx.added, needed):
             dresidual = dy
