@@ -628,8 +628,17 @@ def test_a_full_disk_under_stdout_is_one_line():
 
 # --- help and looks -------------------------------------------------------------------------
 
-COMMANDS = ["", "study", "study list", "study run", "study show", "study judge", "report"]
-COMMANDS += ["data", "data fetch", "data verify", "data path", "env", "--install-completion"]
+COMMANDS = ["", "study", "study list", "study run", "study show", "study judge", "study status"]
+COMMANDS += [
+    "study accept",
+    "report",
+    "data",
+    "data fetch",
+    "data verify",
+    "data path",
+    "env",
+    "--install-completion",
+]
 
 
 @pytest.mark.parametrize("words", COMMANDS)
