@@ -2,17 +2,17 @@
 
 import pytest
 import torch
-from torch import nn
 from torch.nn.functional import cross_entropy
 
+from gammabeta.studies._data import Images
 from gammabeta.studies._nets import m2
-from gammabeta.studies._train import batches, stream, train
+from gammabeta.studies._train import batches, fair_split, stream, train
 
 IMAGES = torch.randint(0, 256, (200, 6, 6), dtype=torch.uint8, generator=stream(0, "images"))
 LABELS = torch.randint(0, 10, (200,), generator=stream(0, "labels"))
 
 
-def _plain(net: nn.Module, optimizer: torch.optim.Optimizer, loss: str, steps: int) -> None:
+def _plain(net, optimizer, loss, steps):
     net.train()
     order = batches(200, 16, stream(1, "order"))
     for _, index in zip(range(steps), order, strict=False):
@@ -24,7 +24,7 @@ def _plain(net: nn.Module, optimizer: torch.optim.Optimizer, loss: str, steps: i
 
 @pytest.mark.parametrize("loss", ["mean", "sum"])
 @pytest.mark.parametrize("optimizer", ["sgd", "adam"])
-def test_training_is_that_of_pytorchs_optimizers(optimizer: str, loss: str) -> None:
+def test_training_is_that_of_pytorchs_optimizers(optimizer, loss):
     made = {"sgd": torch.optim.SGD, "adam": torch.optim.Adam}
     ours, plain = (m2(36, "sigmoid", True, stream(3, "weights")) for _ in range(2))
     pauses = train(
@@ -49,7 +49,7 @@ def test_training_is_that_of_pytorchs_optimizers(optimizer: str, loss: str) -> N
         torch.testing.assert_close(a.grad, b.grad, rtol=1e-4, atol=1e-5)
 
 
-def test_an_unknown_optimizer_is_refused() -> None:
+def test_an_unknown_optimizer_is_refused():
     net = m2(36, "relu", False, stream(0, "weights"))
     pauses = train(
         net,
@@ -64,3 +64,27 @@ def test_an_unknown_optimizer_is_refused() -> None:
     )
     with pytest.raises(ValueError, match='"sgd" or "adam"'):
         next(pauses)
+
+
+@pytest.mark.parametrize("evaluation", ["validation", "test"])
+def test_a_fair_split_is_drawn_by_the_seed_from_the_first_55000_images(evaluation):
+    blank = torch.zeros(60000, 1, 1, dtype=torch.uint8)
+    mnist = Images("mnist", "0" * 16, blank, torch.arange(60000), blank[:9], -torch.arange(9))
+    _, drawn, _, held = fair_split(mnist, 0, evaluation, 700)
+    assert len(drawn.unique()) == 700
+    assert drawn.max() < 55000
+    wanted = torch.arange(55000, 60000) if evaluation == "validation" else mnist.test_y
+    assert torch.equal(held, wanted)
+    assert not torch.equal(drawn, fair_split(mnist, 1, evaluation, 700)[1])
+    digits = mnist._replace(name="digits", train_x=blank[:1797], train_y=torch.arange(1797))
+    _, drawn, _, held = fair_split(digits, 0, evaluation)
+    assert len(torch.cat([drawn, held]).unique()) == 1000 + (
+        297 if evaluation == "validation" else 500
+    )
+
+
+def test_a_split_for_another_evaluation_is_refused():
+    blank = torch.zeros(1797, 1, 1, dtype=torch.uint8)
+    digits = Images("digits", "0" * 16, blank, torch.arange(1797), blank[:9], torch.arange(9))
+    with pytest.raises(ValueError, match="'training'"):
+        fair_split(digits, 0, "training")
