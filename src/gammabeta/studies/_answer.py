@@ -3,7 +3,7 @@
 Nothing here decides: the rules are in ``_verdict``. Changing a word leaves stored rows valid.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from gammabeta.studies._claims import claims
@@ -28,6 +28,7 @@ class Words(NamedTuple):
     supported: str
     refuted: str
     measured: str  # where no verdict is given: what was seen
+    mixed: str = ""
 
 
 class Setting(NamedTuple):
@@ -53,17 +54,19 @@ def answer(
     pilot: Mapping[str, Sequence[float]],
     planned: int | None,
     notes: Sequence[str],
+    combine: Callable[[Sequence[Outcome]], str] = lambda found: levels(found[0], found[-1]),
 ) -> Verdict:
-    """One verdict from universal outcomes.
+    """One verdict from outcomes that have cells.
 
     Args:
         fair: the outcome that gives the status; its weakest cell is the effect.
-        published: outcomes by level, one or two; two are joined by ``levels``.
+        published: outcomes by level, joined by ``combine``; none, where the claim is about the
+            source's own setting and ``fair`` was measured in it.
         pilot: the pilot's differences by cell; planned: the number of seeds it asked for.
         notes: what else a reader must be told.
     """
     outcomes = list(published.values())
-    status, published_status = fair.status, levels(outcomes[0], outcomes[-1])
+    status, published_status = fair.status, combine(outcomes) if outcomes else fair.status
     if setting.data == "digits":
         status = published_status = "demo"
     elif not setting.decides:
@@ -107,6 +110,7 @@ def answer(
             ),
         ],
         notes=own,
+        p=fair.p,
     )
 
 
@@ -117,6 +121,7 @@ def _sentence(status: str, setting: Setting, words: Words, fair: Outcome, delta:
     opening, text = {
         "supported": ("Yes", words.supported),
         "refuted": ("No", words.refuted),
+        "mixed": ("In part", words.mixed),
         "demo": ("A demonstration, no verdict", words.measured),
     }.get(status, ("Undecided", words.measured))
     refuted = [

@@ -7,8 +7,12 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor, nn
 
+from gammabeta.layers._running import RunningMoments
 from gammabeta.layers.batch_norm import BatchNorm1d
 from gammabeta.ops import batch_norm
+
+Norm = bool | Callable[[int], nn.Module]
+"""Whether batch normalization stands before each activation, or which layer, made by its width."""
 
 ACTIVATIONS: dict[str, Callable[[], nn.Module]] = {
     "relu": nn.ReLU,
@@ -22,7 +26,7 @@ ACTIVATIONS: dict[str, Callable[[], nn.Module]] = {
 class MLP(nn.Module):
     """Dense layers with an activation between them; batch normalization before it, if asked for.
 
-    z = W x (+ b), then BN(z) where ``norm`` is True, then the activation; the last layer is
+    z = W x (+ b), then BN(z) where ``norm`` asks for it, then the activation; the last layer is
     linear. W is drawn from a normal distribution with standard deviation sqrt(2 / fan_in),
     truncated at two of them (which leaves 0.8796 of it). A layer that BN follows has no bias; all
     others start at bias 0.1. The draws do not depend on ``activation`` or ``norm``.
@@ -30,7 +34,8 @@ class MLP(nn.Module):
     Args:
         sizes: widths from the input to the output, at least two.
         activation: a key of ``ACTIVATIONS``.
-        norm: whether BN stands before each activation.
+        norm: whether BN stands before each activation, or what stands there: a function of the
+            width that makes the layer.
         generator: source of the weights.
         eps: added to the variance.
         momentum: weight of the new value in the running statistics, as in PyTorch.
@@ -43,7 +48,7 @@ class MLP(nn.Module):
         self,
         sizes: Sequence[int],
         activation: str,
-        norm: bool,
+        norm: Norm,
         generator: torch.Generator,
         *,
         eps: float = 1e-5,
@@ -59,7 +64,9 @@ class MLP(nn.Module):
         for depth, (fan_in, width) in enumerate(itertools.pairwise(sizes), start=1):
             hidden = depth < len(sizes) - 1
             layers.append(_linear(fan_in, width, bias=not (norm and hidden), generator=generator))
-            if norm and hidden:
+            if callable(norm) and hidden:
+                layers.append(norm(width))
+            elif norm and hidden:
                 layers.append(BatchNorm1d(width, eps=eps, momentum=momentum))
             if hidden:
                 layers.append(ACTIVATIONS[activation]())
@@ -70,24 +77,70 @@ class MLP(nn.Module):
         logits: Tensor = self.layers(x)
         return logits
 
-    def with_batch_statistics(self, x: Tensor) -> Tensor:
-        """Logits with x normalized by its own statistics, as one batch.
+    def with_batch_statistics(self, x: Tensor, size: int | None = None) -> Tensor:
+        """Logits with x normalized by its own statistics, as one batch or in batches of ``size``.
 
-        What training mode computes, but through the pure function: running statistics neither
-        enter nor change, in whatever mode the network is.
+        What a layer of plain batch normalization computes in training mode, but through the pure
+        function: running statistics neither enter nor change, in whatever mode the network is.
+        Whatever a method beside it does in training is left out.
         """
+        if size is not None and len(x) % size:
+            raise ValueError(f"batches of {size} need a multiple of it in images, got {len(x)}.")
         for layer in self.layers:
-            if isinstance(layer, BatchNorm1d):
-                x, _ = batch_norm(x, layer.weight, layer.bias, eps=layer.eps)
+            if isinstance(layer, RunningMoments):
+                parts = [x] if size is None else torch.split(x, size)
+                eps = layer._epsilon()
+                ys = [batch_norm(part, layer.weight, layer.bias, eps=eps)[0] for part in parts]
+                x = ys[0] if len(ys) == 1 else torch.cat(ys)
             else:
                 x = layer(x)
         return x
 
 
+class LateRenorm1d(BatchNorm1d):
+    """Batch Renormalization as the MNIST study wrote it: r and d after gamma and beta.
+
+    In training y = (gamma xhat + beta) r + d, where Batch Renormalization has
+    gamma (xhat r + d) + beta; r = clip(sqrt(var_B / var), 1/r_max, r_max) without eps and
+    d = clip((mean_B - mean) / sqrt(var), -d_max, d_max), constants for the derivative. The running
+    mean and variance (biased) are those before the batch enters them. Eval mode is that of BN.
+
+    Args:
+        limits: r_max and d_max as a function of the number of batches seen.
+    """
+
+    def __init__(
+        self,
+        width: int,
+        limits: Callable[[int], tuple[float, float]],
+        *,
+        eps: float = 1e-3,
+        momentum: float = 0.001,
+    ) -> None:
+        super().__init__(width, eps=eps, momentum=momentum)
+        self.limits, self.rate, self.seen = limits, momentum, 0
+
+    def forward(self, input: Tensor, mask: Tensor | None = None) -> Tensor:
+        if not self.training:
+            return super().forward(input, mask)
+        y, moments = batch_norm(input, self.weight, self.bias, eps=self.eps)
+        mean, var = self.running_mean, self.running_var
+        if mean is None or var is None:
+            raise ValueError("running statistics were expected, got none. Build the layer anew.")
+        batch_mean, batch_var = moments.mean.to(mean.dtype), moments.var().to(var.dtype)
+        r_max, d_max = self.limits(self.seen)
+        r = (batch_var / var).sqrt().clamp(1 / r_max, r_max)
+        d = ((batch_mean - mean) / var.sqrt()).clamp(-d_max, d_max)
+        mean.lerp_(batch_mean, self.rate)
+        var.lerp_(batch_var, self.rate)
+        self.seen += 1
+        return y * r + d
+
+
 def m2(
     pixels: int,
     activation: str,
-    norm: bool,
+    norm: Norm,
     generator: torch.Generator,
     *,
     eps: float = 1e-5,

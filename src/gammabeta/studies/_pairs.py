@@ -80,25 +80,27 @@ def tune(
     seeds: Sequence[int],
     *,
     grow: bool = True,
+    arms: Sequence[str] = NORMS,
 ) -> Tuning:
     """Choose each arm's learning rate by the mean validation accuracy over the tuning seeds.
 
-    A rate that diverged with any seed is not chosen unless all did. If the best rate of either
-    arm is at an edge, the next value of the ladder is added for both arms, which so have the
-    same number of trials; of equal rates the smaller is taken.
+    A rate that diverged with any seed is not chosen unless all did. If the best rate of any arm
+    is at an edge, the next value of the ladder is added for all arms, which so have the same
+    number of trials; of equal rates the smaller is taken.
 
     Args:
         trials: runs by (arm, rate) and seed.
         grid: consecutive values of ``LADDER``, if it shall grow.
+        arms: the arms that are compared.
     """
     rates = sorted(grid)
     while True:
-        wanted = [(norm, rate, seed) for norm in NORMS for rate in rates for seed in seeds]
+        wanted = [(norm, rate, seed) for norm in arms for rate in rates for seed in seeds]
         missing = sum(s not in trials.get((norm, rate), {}) for norm, rate, s in wanted)
         if missing:
             return Tuning(tuple(rates), None, missing, ())
         best = {}
-        for norm in NORMS:
+        for norm in arms:
             tried = {r: [trials[norm, r][s] for s in seeds] for r in rates}
             stable = [r for r in rates if not any(run.diverged for run in tried[r])] or rates
             # max() keeps the first of equals.
@@ -110,7 +112,7 @@ def tune(
             more += [r for r in LADDER if r < rates[0]][-1:]
         if not more:
             edges = (rates[0], rates[-1])
-            at_edge = tuple(norm for norm in NORMS if best[norm] in edges)
+            at_edge = tuple(norm for norm in arms if best[norm] in edges)
             return Tuning(tuple(rates), best, 0, at_edge)
         rates = sorted([*rates, *more])
 
