@@ -617,7 +617,10 @@ def test_figures_show_both_arms_of_every_activation():
         "activations-published-0-01",
         "activations-published-0-0001",
         "activations-tuning",
+        "activations-fig-4",
     ]
+    again = figures.pop("activations-fig-4")  # the published figure, a panel for each rate
+    assert len(again["panels"]) == 2 * len(activations.NAMES)
     for key, figure in figures.items():
         assert [p["title"] for p in figure["panels"]] == list(activations.NAMES.values())
         for panel in figure["panels"]:

@@ -1,13 +1,20 @@
 """The published figures beside our rows: reading, agreement, which learning rate, redrawing."""
 
 import itertools
+import json
 import math
 import random
 
 import pytest
 
+from gammabeta import _runs, cli
+from gammabeta.report import page
 from gammabeta.studies import _published_figures as figures
+from gammabeta.studies._experiments import experiments
 from gammabeta.studies._redrawn import redrawn
+from tests.test_report import chromium, draw_all, opened, registry, write_derived, write_registry
+
+assert chromium  # a fixture
 
 FIGURES = {figure.id: figure for figure in figures.published()}
 
@@ -197,6 +204,125 @@ def test_each_published_figure_is_drawn_with_a_panel_for_each_rate():
         shown = sum(len(s["x"]) for s in marks) // len(figures.RATES)
         assert shown == sum(len(s.points) for s in of.series)
     assert redrawn("published", []) == []
+    assert redrawn("published", [row | {"data": "digits"} for row in rows]) == []
+    (only,) = redrawn("published", rows, only=["fig-9"])
+    assert only["id"] == "published-fig-9"
     # one rate alone has its own panels only
     alone = redrawn("published", list(rows_of(FIGURES["fig-1"], 0.01)))
     assert [p["title"] for p in alone[0]["panels"]] == ["rate 0.01"]
+
+
+# --- the command, and the page --------------------------------------------------------------
+
+
+def store(run, *, rates=figures.RATES, data="mnist"):
+    """Cells of the experiment `activations` that go through Fig. 4 at rate 0.0001."""
+    digest = experiments()["activations"].code
+    for rate, seed, series in itertools.product(rates, (0, 1, 2), FIGURES["fig-4"].series):
+        off = 0.001 * seed + (0.04 if rate == 0.01 else 0.0)
+        spec = {
+            "schema": _runs.SCHEMA,
+            "experiment": "activations",
+            "arm": {
+                "part": "published",
+                "activation": series.arm.activation,
+                "norm": series.arm.norm,
+                "rate": rate,
+            },
+            "seed": seed,
+            "budget": "full",
+            "data": {"name": data, "digest": "0123456789abcdef"},
+            "code": digest,
+            "versions": {"gammabeta": "0", "torch": "0", "python": "0"},
+            "cpu_seconds": 1.0,
+        }
+        rows = [
+            {"step": p.step, "accuracy": p.value - off, "diverged": False, "loss": 1.0}
+            for p in series.points
+        ]
+        _runs.write_cell(run, spec, rows, "")
+    return run
+
+
+@pytest.fixture
+def show(capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+
+    def call(*words):
+        with pytest.raises(SystemExit) as ended:
+            cli.main(["study", "show", *map(str, words)])
+        shown = capsys.readouterr()
+        return ended.value.code, shown.out, shown.err
+
+    return call
+
+
+def test_show_published_prints_ours_beside_the_published_numbers(show, tmp_path):
+    code, out, err = show("--published", store(tmp_path / "run"))
+    assert (code, err) == (0, "")
+    assert all(len(line) <= 80 for line in out.splitlines())
+    fig_4 = out[out.index("Fig. 4") : out.index("Fig. 5")]
+    assert "ReLU, BN" in fig_4
+    assert "  10k  " in fig_4
+    assert "1e-4  0.964 [0.962, 0.966]  -0.001  +" in fig_4
+    assert sum(line.rstrip().endswith("-0.041  -") for line in fig_4.splitlines()) == 20
+    assert "agree: 0 of 20 at rate 0.01, 20 of 20 at rate 1e-4; published: 20" in fig_4
+    assert "made with rate 1e-4" in fig_4
+    assert "not reached" in out[: out.index("Fig. 4")]
+    assert "rate not decided" in out[: out.index("Fig. 4")]
+    assert "activations, budget full" in " ".join(out.split())
+
+
+def test_show_published_gives_the_same_as_json(show, tmp_path):
+    code, out, _ = show("--published", store(tmp_path / "run"), "--json")
+    assert code == 0
+    told = json.loads(out)
+    assert told["tolerance"] == {"accuracy": 0.01, "steps": 0.05, "magnitude": 0.12}
+    assert len(told["rows"]) == 2 * 53
+    (fig_4,) = [f for f in told["figures"] if f["figure"] == "fig-4"]
+    assert fig_4["decided_rate"] == 0.0001
+    assert [(r["rate"], r["agree"], r["compared"]) for r in fig_4["rates"]] == [
+        (0.01, 0, 20),
+        (0.0001, 20, 20),
+    ]
+    rows = [r for r in told["rows"] if r["figure"] == "fig-4" and r["rate"] == 0.0001]
+    assert all(r["lo"] < r["ours"] < r["hi"] for r in rows)
+    # the sigmoid curves of Fig. 4 are those of Fig. 6 at batch 64 as well
+    (fig_6,) = [f for f in told["figures"] if f["figure"] == "fig-6"]
+    assert fig_6["rates"][0]["compared"] == 2
+
+
+def test_show_published_says_what_it_needs(show, tmp_path):
+    code, _, err = show("--published", "act-all")
+    assert code == 2
+    assert "run folders only" in err
+    code, _, err = show("--published", store(tmp_path / "digits", data="digits"))
+    assert code == 2
+    assert "on MNIST were expected" in err
+    assert "gammabeta study run published" in err
+
+
+def test_the_page_draws_published_numbers_as_marks_over_our_bands(chromium, tmp_path):
+    run = store(tmp_path / "run")
+    rows = [row for cell in _runs.read_cells([run]) for row in cell.flat()]
+    figure = next(f for f in redrawn("activations", rows) if f["id"] == "activations-fig-4")
+    write_registry(run, registry())
+    write_derived(run, [], [figure])
+    with opened(chromium, page.write([run], tmp_path / "report.html")) as tab:
+        draw_all(tab)
+        plots = tab.locator(".plot")
+        assert plots.count() == 10
+        told = plots.first.evaluate(
+            "p => p.data.map(t => [t.mode, t.marker ? t.marker.symbol : '', t.x, t.y])"
+        )
+        marks = [t for t in told if t[0] == "markers"]
+        assert marks == [
+            ["markers", "diamond", [10000, 40000], [0.965, 0.9745]],
+            ["markers", "diamond-open", [10000, 40000], [0.942, 0.97]],
+        ]
+        # two curves, each with the edges of its band
+        assert len(told) - len(marks) == 6
+        names = tab.locator("figure .legend > span").all_inner_texts()
+        assert names == [s["name"] for s in figure["panels"][0]["series"]]
+        assert tab.locator("figure .legend svg rect").count() == 2
+        assert tab.locator("figure .legend svg line").count() == 2

@@ -218,20 +218,44 @@ def _repeat(cell: str, out: Path, data_dir: Path | None) -> int:
         "study show                # the newest run below runs/",
         "study show runs/headline --json",
         "study show act-all        # one claim: source, rule, answer, notes",
+        "study show --published results   # beside the MNIST study's figures",
     )
 )
-def show(what: Words = None, /, *, json: Json = False) -> int:
+def show(
+    what: Words = None,
+    /,
+    *,
+    published: Annotated[bool, Parameter(show_default=False)] = False,
+    json: Json = False,
+) -> int:
     """Show the verdicts of run folders, or all about some claims.
 
     Parameters
     ----------
     what
         Run folders (the newest one below runs/ unless given), claims or experiments.
+    published
+        Show the numbers of the MNIST study's figures beside those of the runs instead.
     """
     from gammabeta import _terminal
 
     with usable():
         paths, asked = sorted_out(what or [])
+        if published:
+            if asked:
+                raise Unusable(
+                    "--published compares all figures and takes run folders only, got the "
+                    f"claim {asked[0].id}. `gammabeta study show {asked[0].id}` shows that."
+                )
+            from gammabeta.studies import _published_figures
+
+            beside = _published_figures.of_runs(run_folders(paths))
+    if published:
+        if json:
+            return dump(beside.to_json())
+        _terminal.published(beside)
+        return FINE
+    with usable():
         if asked and not paths and newest_run() is None:
             judged = None
         else:

@@ -113,6 +113,11 @@
   const KNOWN = {
     bn: { color: "--curve-bn", dash: "solid", symbol: "circle" },
     none: { color: "--curve-none", dash: "7px,4px", symbol: "circle-open" },
+    brn: { color: "--curve-2", dash: "2px,3px", symbol: "square-open" },
+    // numbers of others beside our curves: marks without a line
+    "bn-points": { color: "--curve-bn", points: true, symbol: "diamond" },
+    "none-points": { color: "--curve-none", points: true, symbol: "diamond-open" },
+    "brn-points": { color: "--curve-2", points: true, symbol: "square" },
   };
   const OTHERS = [
     { color: "--curve-2", dash: "2px,3px", symbol: "square-open" },
@@ -143,21 +148,24 @@
   function drawLegend(host, looks) {
     host.replaceChildren();
     for (const look of looks.values()) {
-      const dash = look.dash === "solid" ? "" : look.dash.replaceAll("px", "");
+      const dash = (look.dash ?? "solid") === "solid" ? "" : look.dash.replaceAll("px", "");
       const svg = document.createElementNS("http://www.w3.org/2000/svg", "svg");
       const parts = [
         ["line", { x1: 0, y1: 6, x2: 36, y2: 6, "stroke-width": 2.5, "stroke-dasharray": dash }],
         ["circle", { cx: 18, cy: 6, r: 3.5, "stroke-width": 2 }],
+        ["rect", { x: 14.5, y: 2.5, width: 7, height: 7, "stroke-width": 2,
+          transform: look.symbol?.startsWith("diamond") ? "rotate(45 18 6)" : "" }],
       ];
       svg.setAttribute("viewBox", "0 0 36 12");
       svg.setAttribute("width", "36");
       svg.setAttribute("height", "12");
       for (const [tag, attributes] of parts) {
         if (tag === "circle" && look.symbol !== "circle-open") continue;
+        if ((tag === "rect") !== (look.points === true)) continue;
         const node = document.createElementNS("http://www.w3.org/2000/svg", tag);
         for (const [key, value] of Object.entries(attributes)) node.setAttribute(key, value);
         node.setAttribute("stroke", css(look.color));
-        node.setAttribute("fill", css("--paper"));
+        node.setAttribute("fill", css(look.points && !look.symbol.endsWith("-open") ? look.color : "--paper"));
         svg.append(node);
       }
       host.append(make("span", {}, svg, look.name));
@@ -210,6 +218,19 @@
         const look = looks.get(s.style + "\n" + s.name);
         const color = css(look.color);
         const base = { x: s.x, type: "scatter", mode: "lines", showlegend: false };
+        if (look.points) {
+          const above = s.y.map((y, at) => (s.hi ? s.hi[at] - y : 0));
+          const below = s.y.map((y, at) => (s.lo ? y - s.lo[at] : 0));
+          lines.push({
+            ...base, y: s.y, mode: "markers", cliponaxis: false,
+            marker: { color, size: 9, symbol: look.symbol, line: { width: 1.6, color } },
+            error_y: { type: "data", symmetric: false, array: above, arrayminus: below, color, width: 3,
+              visible: [...above, ...below].some((length) => length > 0) },
+            hovertemplate: `<b>${plain(s.name)}</b><br>${plain(figure.x.label)} %{x}<br>` +
+              `${plain(figure.y.label)} %{y:.4~g}<extra></extra>`,
+          });
+          continue;
+        }
         if (s.lo && s.hi) {
           const edge = { ...base, line: { width: 0 }, hoverinfo: "skip" };
           bands.push({ ...edge, y: s.lo }, { ...edge, y: s.hi, fill: "tonexty", fillcolor: faint(color) });

@@ -1,7 +1,7 @@
 """The published figures of the MNIST study redrawn on their own axes, our band over the points."""
 
 import statistics
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Any
 
 from gammabeta._runs import Row
@@ -18,14 +18,20 @@ from gammabeta.studies._published_figures import (
 from gammabeta.studies._verdict import interval
 
 
-def redrawn(experiment: str, rows: Sequence[Row]) -> list[dict[str, Any]]:
-    """Each published figure that the rows have a curve of: our band over its points.
+def redrawn(
+    experiment: str, rows: Sequence[Row], only: Collection[str] | None = None
+) -> list[dict[str, Any]]:
+    """Each published figure (of those named in `only`) that the rows have a curve of.
 
-    One panel for each panel of the figure and each learning rate, on the figure's own axes: linear
-    steps from 0 to its last one.
+    Our band lies over its points, in one panel for each panel of the figure and each learning
+    rate, on the figure's own axes: linear steps from 0 to its last one. Rows on the bundled
+    digits have nothing to do with these numbers and give no figure.
     """
-    found, figures = curves(rows), []
+    found = curves([row for row in rows if row.get("data") != "digits"])
+    figures = []
     for figure in published():
+        if only is not None and figure.id not in only:
+            continue
         names = list(dict.fromkeys(figure.panel(series.arm) for series in figure.series))
         panels = [
             {"title": ", ".join(filter(None, (name, f"rate {rate:g}"))), "series": drawn}

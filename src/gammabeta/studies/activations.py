@@ -405,7 +405,7 @@ def judge(rows: list[Row]) -> list[Verdict]:
 
 
 def figures(rows: list[Row]) -> list[dict[str, Any]]:
-    """Accuracy over training, fair and at each published rate; accuracy over learning rates."""
+    """Accuracy over training, fair and at each published rate, over rates, and Fig. 4 again."""
     if not rows:
         return []
     plan, runs = PLANS[str(rows[0]["budget"])], collect(rows, _ARM)
@@ -459,4 +459,8 @@ def figures(rows: list[Row]) -> list[dict[str, Any]]:
             ],
         ),
     ]
-    return [figure for figure in all_figures if figure["panels"]]
+    # Imported here: how rows are drawn does not make them others.
+    from gammabeta.studies._redrawn import redrawn
+
+    again = redrawn("activations", rows, only=("fig-4",))
+    return [figure for figure in all_figures if figure["panels"]] + again
