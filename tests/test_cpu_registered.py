@@ -21,7 +21,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
 import gammabeta as gb
-from gammabeta.ops._cpu import _calls, _compile
+from gammabeta.ops._cpu import _compile
 
 pytestmark = [
     pytest.mark.skipif(

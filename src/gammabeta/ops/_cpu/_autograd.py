@@ -43,27 +43,30 @@ def forward(
         or (bias is not None and bias.requires_grad)
         or (residual is not None and residual.requires_grad)
     ):
-        box: list[Any] = []
-        small = residual is None and valid is None and given is None and x.numel() < _calls.SERIAL
+        slope = slope_of(act)
+        smooth = act is not None and slope is None
+        layout = _calls.layout_of(x)
         if (
-            small
-            and (act is None or slope_of(act) is not None)
-            and _calls.at_hand(x)
+            layout is not None
+            and not (smooth or x.is_neg() or x._is_zerotensor())
+            and valid is None
+            and given is None
             and (weight is None or _calls.at_hand(weight))
             and (bias is None or _calls.at_hand(bias))
         ):
-            y = _small(x, weight, bias, eps, act, box)
-            if made is not None:
-                how = How(
-                    eps, act, slope_of(act), False, box[0].values, False, False, _calls.lies(x)
-                )
-                made(y, (x, weight, bias, None, box[0].stats), how)
-            return y, box[0]
+            form = (x.shape, x.dtype, layout, eps, act, slope, residual is not None)
+            plan = _calls.plain(*form, _calls.threads_for(x))
+            boxed: list[Kept] = []
+            y = _plain(x, weight, bias, residual, plan, boxed)
+            (seen,) = boxed
+            if made is not None and residual is None:
+                how = How(eps, act, slope, False, seen.values, False, False, layout)
+                made(y, (x, weight, bias, None, seen.stats), how)
+            return y, seen
+        box: list[Any] = []
         y = _apply(x, weight, bias, residual, (valid, given, eps, act, box))
         kept, count = box
         if made is not None and residual is None:
-            slope = slope_of(act)
-            smooth = act is not None and slope is None
             how = How(eps, act, slope, smooth, count, given is not None, False, _calls.lies(x))
             made(y, (x, weight, bias, valid, kept), how)
     else:
@@ -176,8 +179,10 @@ class _Normalize(torch.autograd.Function):
         return *found, None
 
 
-class _Small(torch.autograd.Function):
-    """The same for the plainest call, where the road to the kernel is longer than the kernel's."""
+class _Plain(torch.autograd.Function):
+    """The same for the usual call, whose way to the kernel is as short as Python allows: with a
+    small batch it is longer than the kernel's.
+    """
 
     @staticmethod
     def forward(
@@ -185,56 +190,65 @@ class _Small(torch.autograd.Function):
         x: Tensor,
         weight: Tensor | None,
         bias: Tensor | None,
-        eps: float,
-        act: Parsed,
-        box: list[Any],
+        residual: Tensor | None,
+        plan: _calls.Plain,
+        box: list[Kept],
     ) -> Tensor:
-        shape = x.shape
-        ctx.plan = plan = _calls.small(shape, x.dtype, _calls.lies(x), eps, slope_of(act))
-        run, words, room, _ = plan.forward
+        run, words, room, size = plan.forward
         kept = torch.empty(plan.kept, dtype=torch.float64, device=_calls.CPU)
-        y = torch.empty_like(x)
+        y = _calls.fresh(x, plan.large)
+        signs = None
+        if residual is not None:
+            residual = _calls.arranged(residual, plan.layout)
+            if plan.slope is not None:
+                signs = torch.empty(size, dtype=torch.int16, device=_calls.CPU)
         stats = kept.data_ptr()
         addresses = _calls.pointers(
-            *(x.data_ptr(), y.data_ptr(), 0, 0, 0, 0, 0, 0),
+            *(x.data_ptr(), y.data_ptr(), 0, 0),
+            *(0 if residual is None else residual.data_ptr(), 0),
+            *(0 if signs is None else signs.data_ptr(), 0),
             0 if weight is None else weight.data_ptr(),
             0 if bias is None else bias.data_ptr(),
             *(stats, 0, 0, stats + plan.place, _calls.scratch(room), 0, 0, 0, 0, 0, 0),
         )
         run(addresses + words)
-        ctx.save_for_backward(x, weight, bias, kept)
-        ctx.how = eps, act
-        box.append(Kept(kept, shape[1], plan.values, False))
+        ctx.save_for_backward(x, weight, bias, kept, signs)
+        ctx.plan, ctx.added = plan, residual is not None
+        box.append(Kept(kept, x.shape[1], plan.values, False))
         return y
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> Any:
-        x, weight, bias, kept = ctx.saved_tensors
+        x, weight, bias, kept, signs = ctx.saved_tensors
+        plan, added, needed = ctx.plan, ctx.added, ctx.needs_input_grad
         (dy,) = grads
-        plan = ctx.plan
         if torch.is_grad_enabled():
-            saved = Saved(x, weight, bias, None, None, kept, None)
-            eps, act = ctx.how
-            how = How(eps, act, slope_of(act), False, plan.values, False, False, plan.layout)
-            return *differentiable(dy, saved, how)[:3], None, None, None
-        run, words, room, _ = plan.backward
-        if not _calls.at_hand(dy):
-            dy = _calls.arranged(dy, "planes")
-        if not x.is_contiguous():  # as a hook has given it back
-            x = x.contiguous()
-        dx = torch.empty_like(x)
+            saved = Saved(x, weight, bias, None, None, kept, signs)
+            act, eps, slope, layout = plan.act, plan.eps, plan.slope, plan.layout
+            how = How(eps, act, slope, False, plan.values, False, added, layout)
+            return *differentiable(dy, saved, how), None, None
+        dy = _calls.arranged(dy, plan.layout)
+        x = _calls.arranged(x, plan.layout)  # a hook may have given it back in another
+        written = signs is not None and needed[3]
+        wanted = needed[0] or written
+        run, words, room, _ = plan.backward if wanted else plan.sums
+        dx = _calls.fresh(x, plan.large) if wanted else None
+        dresidual = _calls.fresh(x, plan.large) if written else None
         dweight = None if weight is None else torch.empty_like(weight)
         dbias = None if bias is None else torch.empty_like(bias)
         stats, place = kept.data_ptr(), _calls.scratch(room + plan.place)
         addresses = _calls.pointers(
-            *(x.data_ptr(), 0, dy.data_ptr(), dx.data_ptr(), 0, 0, 0, 0, 0, 0),
+            *(x.data_ptr(), 0, dy.data_ptr(), 0 if dx is None else dx.data_ptr()),
+            *(0, 0 if dresidual is None else dresidual.data_ptr()),
+            *(0 if signs is None else signs.data_ptr(), 0, 0, 0),
             *(stats, 0, 0, stats + plan.place, place, place + room),
             0 if dweight is None else dweight.data_ptr(),
             0 if dbias is None else dbias.data_ptr(),
             *(0, 0, 0),
         )
         run(addresses + words)
-        return dx, dweight, dbias, None, None, None
+        # where nothing bends, the residual's gradient is dy
+        return dx, dweight, dbias, dresidual if written else dy if added else None, None, None
 
 
 class Saved(NamedTuple):
@@ -303,7 +317,7 @@ def differentiable(dy: Tensor, saved: Saved, how: How) -> Gradients:
 # torch leaves it without types
 _apply: Callable[..., Tensor] = _Normalize.apply
 # past Function.apply, which asks for transforms, as the way here has done
-_small: Callable[..., Tensor] = super(torch.autograd.Function, _Small).apply
+_plain: Callable[..., Tensor] = super(torch.autograd.Function, _Plain).apply
 
 # told of each differentiable y without a residual and of what it was made from, while
 # outputs are to be recomputed

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from gammabeta.moments import Moments
 from gammabeta.ops import _torch
+from gammabeta.ops._activations import Parsed
 from gammabeta.ops._cpu import _compile
 from gammabeta.ops._seen import Held, as_moments
 
@@ -76,15 +77,20 @@ class Recipe(NamedTuple):
     signs: int  # 16-bit words
 
 
-class Small(NamedTuple):
-    """Both directions of a call without a residual or mask that is too small for two threads."""
+class Plain(NamedTuple):
+    """Both directions of a training call without a mask: all that need not be found out again."""
 
     layout: str
+    act: Parsed
+    eps: float
+    slope: float | None
     values: float  # per channel
     kept: int  # float64 words
     place: int  # of the plan in them, bytes
+    large: bool
     forward: Recipe
     backward: Recipe
+    sums: Recipe  # backward without dx
 
 
 class _Local(threading.local):
@@ -184,14 +190,31 @@ def recipe(
 
 
 @functools.lru_cache(maxsize=4096)
-def small(
-    shape: tuple[int, ...], dtype: torch.dtype, layout: str, eps: float, slope: float | None
-) -> Small:
-    count = float(math.prod(shape) // shape[1])
-    form = (layout, shape, dtype, slope is not None, False, False, 1, 0)
+def plain(
+    shape: tuple[int, ...],
+    dtype: torch.dtype,
+    layout: str,
+    eps: float,
+    act: Parsed,
+    slope: float | None,
+    residual: bool,
+    threads: int,
+) -> Plain:
+    size, channels = math.prod(shape), shape[1]
+    count, bytes_ = float(size // channels), size * dtype.itemsize
+    row = channels if layout == "pixels" else size // (shape[0] * channels)
+    flags = _streams(bytes_, row)
+    form = (layout, shape, dtype, slope is not None)
     numbers = (max(count, 1.0), eps, 1.0 if slope is None else slope)
-    both = (recipe(direction, *form, *numbers) for direction in ("forward", "backward"))
-    return Small(layout, count, kept_size(shape[1]), 16 * shape[1], *both)
+    signs = residual and slope is not None
+    there = recipe("forward", *form, residual, False, threads, flags, *numbers)
+    back, sums = (
+        recipe("backward", *form, signs, False, threads, flags | extra, *numbers)
+        for extra in (0, ONLY)
+    )
+    large = bytes_ >= _HUGE
+    kept = kept_size(channels)
+    return Plain(layout, act, eps, slope, count, kept, 16 * channels, large, there, back, sums)
 
 
 def _divide(
@@ -260,21 +283,27 @@ def scratch(size: int) -> int:
 
 def fresh_like(x: Tensor) -> Tensor:
     """Memory in the layout of x; a large one in large pages, which are mapped in less time."""
+    return fresh(x, x.nbytes >= _HUGE)
+
+
+def fresh(x: Tensor, large: bool) -> Tensor:
     made = torch.empty_like(x)
-    size = made.nbytes
-    if size >= _HUGE:
-        _compile.advise(made.data_ptr(), size)
+    if large:
+        _compile.advise(made.data_ptr(), made.nbytes)
     return made
 
 
-def _streams(x: Tensor, layout: str) -> int:
-    """STREAM, for an output that with its inputs is more than the last cache holds.
+def _streams(size: int, row: int) -> int:
+    """STREAM, for an output of ``size`` bytes that with its inputs is more than the last cache.
 
     Whole vectors are then stored at multiples of their size, where all rows begin at one; entering
     rows with a shorter vector cost more than it saved.
     """
-    row = x.shape[1] if layout == "pixels" else x.numel() // (x.shape[0] * x.shape[1])
-    return STREAM if 3 * x.nbytes > _LAST_CACHE and row % LANES == 0 else 0
+    return STREAM if 3 * size > _LAST_CACHE and row % LANES == 0 else 0
+
+
+def _row(x: Tensor, layout: str) -> int:
+    return x.shape[1] if layout == "pixels" else x.numel() // (x.shape[0] * x.shape[1])
 
 
 def _last_cache() -> int:
@@ -340,7 +369,7 @@ def forward(
         kept[channels : 2 * channels] = as_moments(given).var()
         divisor = 1.0
     act, added, masked = slope is not None, residual is not None, mask is not None
-    flags |= _streams(x, layout)
+    flags |= _streams(x.nbytes, _row(x, layout))
     form = (layout, x.shape, x.dtype, act, added, masked, threads_for(x), flags)
     run, words, room, size = recipe("forward", *form, divisor, eps, 1.0 if slope is None else slope)
     y = fresh_like(x) if want_y else kept
@@ -404,7 +433,7 @@ def backward(
     channels = x.shape[1]
     flags = (0 if want_dx else ONLY) | (FIXED if fixed else 0) | (TOTALS if given else 0)
     act, masked = slope is not None, mask is not None
-    flags |= _streams(x, layout)
+    flags |= _streams(x.nbytes, _row(x, layout))
     form = (layout, x.shape, x.dtype, act, signs is not None, masked, threads_for(x), flags)
     divisor = count if count > 1.0 else 1.0
     run, words, room, _ = recipe("backward", *form, divisor, eps, 1.0 if slope is None else slope)

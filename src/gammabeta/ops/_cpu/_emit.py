@@ -18,7 +18,21 @@ from gammabeta.ops._cpu._calls import LANES
 
 Type: TypeAlias = Any  # llvmlite has no types
 
-F32, F64 = ir.FloatType(), ir.DoubleType()
+
+class _BFloat16(ir.Type):
+    """llvmlite has no such type."""
+
+    def _to_string(self) -> str:
+        return "bfloat"
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, _BFloat16)
+
+    def __hash__(self) -> int:
+        return hash(_BFloat16)
+
+
+BF16, F32, F64 = _BFloat16(), ir.FloatType(), ir.DoubleType()
 I1, I8, I16, I32, I64 = (ir.IntType(bits) for bits in (1, 8, 16, 32, 64))
 PTR = ir.PointerType()
 VOID = ir.VoidType()

@@ -14,6 +14,7 @@ from llvmlite import ir
 
 from gammabeta.ops._cpu._calls import FIXED, HELD, INTEGERS, LANES, NUMBERS, POINTERS, STREAM
 from gammabeta.ops._cpu._emit import (
+    BF16,
     F32,
     F64,
     I8,
@@ -103,12 +104,7 @@ class Kernel(Function):
 
     def _rounded(self, value: Value) -> Value:
         """bfloat16, as 16-bit words."""
-        # round to nearest, ties to even; a NaN stays one
-        raw = value.to(vector(I32), "bitcast")
-        rounded = (raw + 0x7FFF + ((raw >> 16) & 1)) >> 16
-        quiet = self.const(vector(I32), 0x7FC0)
-        raw = self.select(value.differs(value), quiet, rounded)
-        return raw.to(vector(I16), "trunc")
+        return value.to(vector(BF16), "fptrunc").to(vector(I16), "bitcast")
 
     def twice(self, body: Callable[[], None]) -> None:
         """Emit ``body`` for outputs that go past the cache, and for those that stay in it.
