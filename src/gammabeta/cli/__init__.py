@@ -12,7 +12,7 @@ import shutil
 import sys
 from contextlib import suppress
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 from cyclopts import App, CycloptsError, Parameter, UnusedCliTokensError
 
@@ -134,10 +134,15 @@ def _interrupted(given: list[str]) -> str:
         "report runs/headline -o report.html",
         "report runs/mine runs/yours -o c.html   # their rows together",
         "report record.jsonl -o training.html    # what a Recorder wrote",
+        "report runs/small --format gif -o values.gif   # singular values over training",
     )
 )
 def report(
-    paths: Runs = None, /, *, out: Annotated[Path, Parameter(alias="-o")] = Path("report.html")
+    paths: Runs = None,
+    /,
+    *,
+    out: Annotated[Path | None, Parameter(alias="-o")] = None,
+    format: Literal["html", "gif"] = "html",
 ) -> int:
     """Write run folders, or records of trainings, as one self-contained HTML page.
 
@@ -146,8 +151,18 @@ def report(
     paths
         Run folders, or files that a Recorder wrote; the newest run below runs/ unless given.
     out
-        The HTML file to write.
+        The file to write; report.html or report.gif unless given.
+    format
+        gif: animate the singular values of layers over training, a file for each, named after out.
     """
+    out = Path(f"report.{format}") if out is None else out
+    if format == "gif":
+        with usable():
+            from gammabeta.report import _animation
+
+            for file in _animation.write(run_folders(paths), out):
+                print(file)
+        return FINE
     with usable():
         from gammabeta._runs import is_record
         from gammabeta.report.page import write
