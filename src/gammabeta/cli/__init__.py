@@ -134,7 +134,7 @@ def _interrupted(given: list[str]) -> str:
         "report runs/headline -o report.html",
         "report runs/mine runs/yours -o c.html   # their rows together",
         "report record.jsonl -o training.html    # what a Recorder wrote",
-        "report runs/small --format gif -o values.gif   # singular values over training",
+        "report runs/small --format gif -o v.gif   # singular values move",
     )
 )
 def report(

@@ -218,7 +218,7 @@ def _repeat(cell: str, out: Path, data_dir: Path | None) -> int:
         "study show                # the newest run below runs/",
         "study show runs/headline --json",
         "study show act-all        # one claim: source, rule, answer, notes",
-        "study show --published results   # beside the MNIST study's figures",
+        "study show --published results   # beside the published figures",
     )
 )
 def show(
