@@ -77,3 +77,13 @@ def test_the_limits_of_the_studys_batch_renormalization_hold():
     x = torch.randn(8, 3, generator=stream(1, "x"))
     xhat = (x - x.mean(0)) / (x.var(0, unbiased=False) + 1e-3).sqrt()
     torch.testing.assert_close(layer(x), xhat * 1.5 - 0.25)
+
+
+def test_statistics_of_a_reference_normalize_other_images():
+    model, seen = net(True), torch.rand(20, 36, generator=stream(2, "x"))
+    torch.testing.assert_close(model.with_statistics_of(X, X), model.with_batch_statistics(X))
+    for layer in model.modules():
+        if isinstance(layer, BatchNorm1d):
+            layer.momentum, layer.stored_variance = 1.0, "biased"
+    model(seen)
+    torch.testing.assert_close(model.with_statistics_of(seen, X), model.eval()(X))

@@ -96,6 +96,21 @@ class MLP(nn.Module):
                 x = layer(x)
         return x
 
+    def with_statistics_of(self, reference: Tensor, x: Tensor) -> Tensor:
+        """Logits with x normalized by the statistics of ``reference``, as one batch.
+
+        With many training images as the reference these are the population statistics, free of the
+        history of a moving average.
+        """
+        for layer in self.layers:
+            if isinstance(layer, RunningMoments):
+                affine, eps = (layer.weight, layer.bias), layer._epsilon()
+                reference, moments = batch_norm(reference, *affine, eps=eps)
+                x, _ = batch_norm(x, *affine, moments=moments, eps=eps)
+            else:
+                reference, x = layer(reference), layer(x)
+        return x
+
 
 class LateRenorm1d(BatchNorm1d):
     """Batch Renormalization as the MNIST study wrote it: r and d after gamma and beta.

@@ -9,7 +9,7 @@ from collections import defaultdict
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from gammabeta.studies._verdict import Interval, interval
+from gammabeta.studies._verdict import Interval, interval, lies_above, number, superiority
 
 
 class Target(NamedTuple):
@@ -71,10 +71,32 @@ def decide(target: Target, values: Sequence[float], cells: int) -> tuple[str, st
     return "inconclusive", f"the interval is too wide for {said}"
 
 
-def overall(found: Sequence[Found]) -> str:
+def p_value(target: Target, values: Sequence[float]) -> float | None:
+    """p of what "supported" has to reject, comparable with 0.05; None where draws are counted.
+
+    Two-sided where the target has one end, the larger of two one-sided ones where it has two.
+    """
+    if target.every or len(values) < 2:
+        return None
+    if target.delta is not None:
+        return superiority(values, target.delta).p
+    low, high = target.low, target.high
+    if math.isfinite(low) and math.isfinite(high):
+        return number(values, (low + high) / 2, (high - low) / 2).p
+    if math.isfinite(low):
+        return lies_above(values, low).p
+    return lies_above([-v for v in values], -high).p
+
+
+def overall(found: Sequence[Found], undecided: Sequence[str] = ()) -> str:
+    """One status of all cells, level by level; levels that stay open are named."""
     levels: dict[str, set[str]] = defaultdict(set)
     for f in found:
         levels[f.target.level].add(f.status)
+    for level in undecided:
+        levels[level] = {"inconclusive"}
+    if not levels:
+        return "inconclusive"
     said = {
         "refuted" if "refuted" in has else "supported" if has == {"supported"} else "inconclusive"
         for has in levels.values()

@@ -19,7 +19,7 @@ from gammabeta.ops._cpu._calls import LANES
 Type: TypeAlias = Any  # llvmlite has no types
 
 
-class _BFloat16(ir.Type):
+class _BFloat16(ir.Type):  # type: ignore[misc]
     """llvmlite has no such type."""
 
     def _to_string(self) -> str:

@@ -20,7 +20,7 @@ from gammabeta.studies._initialization._common import (
     value,
 )
 from gammabeta.studies._nets import MLP
-from gammabeta.studies._train import pixels
+from gammabeta.studies._train import fair_split, pixels, stream, train
 
 ARMS = {"with BN": True, "without": False}
 
@@ -108,11 +108,71 @@ def vanishing_depth(g: torch.Generator, images: Images, tiny: bool) -> Iterator[
         for arm, norm in ARMS.items():
             g.set_state(start)  # both arms from the same weights
             net = MLP((x.shape[1], *[100] * depth, 10), activation, norm, g).double()
-            norms = [float(d.norm()) for d in layer_gradients(net, x, y)]
-            logs = [math.log10(n) for n in norms]
-            yield value(f"{name}, {arm}", -slope(range(depth), logs))
-            for layer, log in enumerate(logs, 1):
-                yield point("vanishing", f"{name}, {arm}", layer, 10 ** (log - logs[-1]))
+            yield from _slope_of(net, x, y, f"{name}, {arm}", "vanishing")
+    for other in (2, 5) if tiny else (2, 5, 10, 20):
+        for activation, name in NAMES.items():
+            for arm, norm in ARMS.items():
+                g.set_state(start)
+                net = MLP((x.shape[1], *[100] * other, 10), activation, norm, g).double()
+                yield from _slope_of(net, x, y, f"{other} layers: {name}, {arm}")
+    for scheme, std in WEIGHTS.items():
+        for activation, name in NAMES.items():
+            for arm, norm in ARMS.items():
+                g.set_state(start)
+                net = MLP((x.shape[1], *[100] * depth, 10), activation, norm, g).double()
+                with torch.no_grad():
+                    for layer in net.layers:
+                        if isinstance(layer, nn.Linear):
+                            layer.weight.copy_(normal(g, *layer.weight.shape))
+                            layer.weight.mul_(std(layer.in_features, layer.out_features))
+                yield from _slope_of(net, x, y, f"{scheme} weights: {name}, {arm}")
+
+
+WEIGHTS: dict[str, Callable[[int, int], float]] = {
+    "He": lambda fan_in, fan_out: math.sqrt(2 / fan_in),
+    "Xavier": lambda fan_in, fan_out: math.sqrt(2 / (fan_in + fan_out)),
+    "N(0, 0.1)": lambda fan_in, fan_out: 0.1,
+}
+
+
+def trained_gradients(seed: int, images: Images, tiny: bool) -> Iterator[Row]:
+    """The slopes of vanishing-depth after 200 steps, both arms from the same weights and batches."""
+    depth, steps = (8, 10) if tiny else (30, 200)
+    train_x, train_y, *_ = fair_split(images, seed, "test")
+    x, y = images_of(stream(seed, "vanishing-depth"), images, 64)
+    for activation, name in NAMES.items():
+        for arm, norm in ARMS.items():
+            sizes = (x.shape[1], *[100] * depth, 10)
+            net = MLP(sizes, activation, norm, stream(seed, "weights"))
+            for _ in train(
+                net,
+                train_x,
+                train_y,
+                pixel_max=images.pixel_max,
+                rate=0.1,
+                steps=steps,
+                order=stream(seed, "order"),
+                stops=[steps],
+            ):
+                pass
+            label = f"{name}, {arm}"
+            yield from _slope_of(net.double(), x, y, f"after {steps} steps: {label}", "trained")
+
+
+def _slope_of(net: MLP, x: Tensor, y: Tensor, cell: str, curve: str = "") -> Iterator[Row]:
+    """Slope of log10 of the gradient norm per layer toward the input, and its curve.
+
+    A gradient that has underflowed to 0, or is not finite, gives no slope.
+    """
+    norms = [float(d.norm()) for d in layer_gradients(net, x, y)]
+    if not all(0 < n < math.inf for n in norms):
+        return
+    logs = [math.log10(n) for n in norms]
+    yield value(cell, -slope(range(len(logs)), logs))
+    if curve:
+        series = cell.rpartition(": ")[2]
+        for layer, log in enumerate(logs, 1):
+            yield point(curve, series, layer, 10 ** (log - logs[-1]))
 
 
 def layer_gradients(net: MLP, x: Tensor, y: Tensor) -> list[Tensor]:
@@ -147,32 +207,40 @@ def stable_rank(x: Tensor) -> float:
 
 
 def ortho_isometry(g: torch.Generator, images: Images, tiny: bool) -> Iterator[Row]:
-    width, depth = 100, 10
-    for activation, gain in (("linear", 1.0), ("tanh", 1.0), ("ReLU", math.sqrt(2))):
-        spread = {}
-        for kind in ("orthogonal", "Gaussian"):
-            x, jacobian = normal(g, width), torch.eye(width, dtype=torch.float64)
-            for _ in range(depth):
-                gaussian = normal(g, width, width) / math.sqrt(width)
-                w = gain * (orthogonal(g, width) if kind == "orthogonal" else gaussian)
-                z = (w @ x).requires_grad_()
-                x = ACTIVATIONS[activation](z)
-                (bend,) = torch.autograd.grad(x.sum(), z)
-                x, jacobian = x.detach(), bend[:, None] * (w @ jacobian)
-            s = torch.linalg.svdvals(jacobian)
-            logs = s[s > 1e-12 * s[0]].log()
-            spread[kind] = float(logs.std())
-            yield value(f"{activation}: sd of ln s, {kind}", spread[kind])
-        yield value(activation, spread["orthogonal"] / spread["Gaussian"])
+    width = 100
+    for depth, label in ((10, ""), (20, "20 layers: ")):
+        for activation, gain in (("linear", 1.0), ("tanh", 1.0), ("ReLU", math.sqrt(2))):
+            spread = {}
+            for kind in ("orthogonal", "Gaussian"):
+                x, jacobian = normal(g, width), torch.eye(width, dtype=torch.float64)
+                for _ in range(depth):
+                    gaussian = normal(g, width, width) / math.sqrt(width)
+                    w = gain * (orthogonal(g, width) if kind == "orthogonal" else gaussian)
+                    z = (w @ x).requires_grad_()
+                    x = ACTIVATIONS[activation](z)
+                    (bend,) = torch.autograd.grad(x.sum(), z)
+                    x, jacobian = x.detach(), bend[:, None] * (w @ jacobian)
+                s = torch.linalg.svdvals(jacobian)
+                logs = s[s > 1e-12 * s[0]].log()
+                spread[kind] = float(logs.std())
+                yield value(f"{label}{activation}: sd of ln s, {kind}", spread[kind])
+            yield value(f"{label}{activation}", spread["orthogonal"] / spread["Gaussian"])
 
 
 def bjorck_divergence(g: torch.Generator, images: Images, tiny: bool) -> Iterator[Row]:
     x, y = images_of(g, images, 64)
     grid = torch.logspace(-5, 4, 19 if tiny else 73, dtype=torch.float64).tolist()
+    for depth in (10, 20):
+        yield from _one_step(g, x, y, grid, depth)
+
+
+def _one_step(
+    g: torch.Generator, x: Tensor, y: Tensor, grid: list[float], depth: int
+) -> Iterator[Row]:
     start, found = g.get_state(), {}
     for arm, norm in ARMS.items():
         g.set_state(start)
-        net = MLP((x.shape[1], *[100] * 10, 10), "relu", norm, g).double().train()
+        net = MLP((x.shape[1], *[100] * depth, 10), "relu", norm, g).double().train()
         parameters = dict(net.named_parameters())
         before = cross_entropy(net(x), y)
         gradients = torch.autograd.grad(before, list(parameters.values()))
@@ -189,14 +257,14 @@ def bjorck_divergence(g: torch.Generator, images: Images, tiny: bool) -> Iterato
         burst = next((s for s, r in zip(grid, ratios, strict=True) if r > 1000), grid[-1])
         best = grid[ratios.index(min(ratios))]
         found[arm] = math.log10(burst), math.log10(best)
-        yield value(
-            f"log10 of the step at which the loss grows a thousandfold, {arm}", found[arm][0]
-        )
-        yield value(f"log10 of the best step, {arm}", found[arm][1])
+        label = f"{depth} layers: log10 of the"
+        yield value(f"{label} step at which the loss grows a thousandfold, {arm}", found[arm][0])
+        yield value(f"{label} best step, {arm}", found[arm][1])
         for step, ratio in zip(grid, ratios, strict=True):
-            yield point("one-step", arm, step, min(max(ratio, 1e-3), 1e6))
-    yield value("step of a thousandfold loss", found["with BN"][0] - found["without"][0])
-    yield value("best step", found["with BN"][1] - found["without"][1])
+            series = f"{depth} layers, {arm}"
+            yield point("one-step", series, step, min(max(ratio, 1e-3), 1e6))
+    for k, name in enumerate(("step of a thousandfold loss", "best step")):
+        yield value(f"{depth} layers: {name}", found["with BN"][k] - found["without"][k])
 
 
 MEASURES: dict[str, Measure] = {

@@ -1,6 +1,8 @@
-"""One layer before any training: its Jacobian, its noise, its gradient when it whitens."""
+"""One layer before any training: its noise, its gradient when it whitens, and what that takes."""
 
 import math
+import statistics
+import time
 from collections.abc import Iterator
 
 import torch
@@ -8,73 +10,10 @@ from torch import Tensor, nn
 
 from gammabeta._runs import Row
 from gammabeta.layers.batch_norm import BatchNorm1d
-from gammabeta.layers.whiten import DecorrelatedBatchNorm1d
+from gammabeta.layers.whiten import DecorrelatedBatchNorm1d, IterNorm1d
 from gammabeta.moments import Moments
 from gammabeta.studies._data import Images
 from gammabeta.studies._initialization._common import Measure, normal, point, slope, value
-from gammabeta.studies._initialization.depth import ARMS, images_of
-from gammabeta.studies._nets import m2
-
-
-def whole_jacobian_values(w: Tensor, norm: BatchNorm1d | None, f: nn.Module, z: Tensor) -> Tensor:
-    """Singular values of d f(BN(W u)) / du for the whole batch, (m * units,), z = W u (+ b).
-
-    In training mode each output depends on every sample: the Jacobian is m * units times m *
-    inputs. Its square J J^T has, for samples i, j and units k, l, the entry
-    sum_p A_k[i, p] (W W^T)[k, l] A_l[j, p], where A_k = f' d BN / dz of unit k, (m, m).
-    """
-    m = len(z)
-    identity = torch.eye(m, dtype=z.dtype)
-    if norm is None:
-        y, inner = z, identity.expand(z.shape[1], m, m)
-    else:
-        mean, var = z.mean(0), z.var(0, correction=0)
-        n = ((z - mean) * (var + norm.eps).rsqrt()).T  # (units, m)
-        scale = (norm.weight.detach() * (var + norm.eps).rsqrt())[:, None, None]
-        inner = scale * (identity - 1 / m - n[:, :, None] * n[:, None, :] / m)
-        y = norm(z).detach()
-    y = y.detach().requires_grad_()
-    (bend,) = torch.autograd.grad(f(y).sum(), y)
-    gram = w @ w.T
-    if norm is None:
-        blocks = bend[:, :, None] * gram * bend[:, None, :]
-        squares = torch.linalg.eigvalsh(blocks).flatten()
-    else:
-        a = (bend.T[:, :, None] * inner).reshape(-1, m)  # unit by unit, sample by sample
-        whole = (a @ a.T) * gram.repeat_interleave(m, 0).repeat_interleave(m, 1)
-        squares = torch.linalg.eigvalsh(whole)
-    values: Tensor = squares.clamp(min=0).sqrt()
-    return values
-
-
-def jacobian_one(g: torch.Generator, images: Images, tiny: bool) -> Iterator[Row]:
-    x, _ = images_of(g, images, 4 if tiny else 20)
-    start = g.get_state()
-    for activation, name in (("relu", "ReLU"), ("sigmoid", "sigmoid")):
-        shares: dict[tuple[str, int], float] = {}
-        for arm, with_norm in ARMS.items():
-            g.set_state(start)
-            net = m2(x.shape[1], activation, with_norm, g).double().train()
-            u, hidden = x, list(net.layers)[:-1]
-            size = len(hidden) // 2
-            for number in (1, 2):
-                first, *rest = hidden[(number - 1) * size : number * size]
-                z: Tensor = first(u).detach()
-                norm = rest[0] if isinstance(rest[0], BatchNorm1d) else None
-                s = whole_jacobian_values(first.get_parameter("weight").detach(), norm, rest[-1], z)
-                alive = s[s > 1e-6 * s.max()]
-                inside = ((alive >= 0.5) & (alive <= 2)).sum()
-                shares[arm, number] = float(inside) / len(s)
-                where = f"layer {number}, {name}"
-                yield value(f"{where}: share in [0.5, 2], {arm}", shares[arm, number])
-                yield value(f"{where}: sd of ln s, {arm}", alive.log().std())
-                for q in range(5, 100, 5):
-                    series = f"{where}, {arm}"
-                    yield point("jacobian", series, q, s.quantile(q / 100))
-                u = nn.Sequential(*rest)(z).detach()
-        for number in (1, 2):
-            gain = shares["with BN", number] - shares["without", number]
-            yield value(f"layer {number}, {name}", gain)
 
 
 def inverse_chi_variance(m: int) -> float:
@@ -135,8 +74,38 @@ def pca(x: Tensor) -> Tensor:
     return whitened
 
 
+SIZES = (16, 32, 64, 128, 256)
+
+
+def whiten_cost(g: torch.Generator, images: Images, tiny: bool) -> Iterator[Row]:
+    seconds: dict[str, list[float]] = {}
+    for d in SIZES:
+        kinds: dict[str, nn.Module] = {
+            "BN": BatchNorm1d(d),
+            "ZCA of all features": DecorrelatedBatchNorm1d(d, group_size=d),
+            "Newton's iteration of all features": IterNorm1d(d, group_size=d),
+            "ZCA in groups of 16": DecorrelatedBatchNorm1d(d, group_size=16),
+        }
+        x = torch.randn(256, d, generator=g).requires_grad_()
+        upstream = torch.randn(256, d, generator=g)
+        times: dict[str, list[float]] = {name: [] for name in kinds}
+        for _ in range(3 if tiny else 16):
+            for name, layer in kinds.items():
+                began = time.perf_counter()
+                torch.autograd.grad(layer(x), [x, *layer.parameters()], upstream)
+                times[name].append(time.perf_counter() - began)
+        for name, each in times.items():
+            seconds.setdefault(name, []).append(statistics.median(each[1:]))
+            yield point("cost", name, d, seconds[name][-1])
+    logs = [math.log(d) for d in SIZES]
+    for name, each in seconds.items():
+        yield value(name, slope(logs[-3:], [math.log(s) for s in each[-3:]]))
+        if name != "BN":
+            yield value(f"{name}: times as long as BN, 256 features", each[-1] / seconds["BN"][-1])
+
+
 MEASURES: dict[str, Measure] = {
-    "jacobian-one": jacobian_one,
+    "whiten-cost": whiten_cost,
     "noise-structure": noise_structure,
     "whiten-nondiff": whiten_nondiff,
 }
