@@ -26,7 +26,7 @@ from gammabeta._runs import Row
 from gammabeta.studies._verdict import interval
 
 RATES = (0.01, 0.0001)  # on the summed loss: that of the committed code, and the other candidate
-EXPERIMENTS = ("published", "activations")  # the first that has a curve gives it
+EXPERIMENTS = ("published", "activations", "batch-size")  # the first that has a curve gives it
 ACCURACY, STEPS, MAGNITUDE = 0.01, 0.05, 0.12
 
 _FILE = "published_figures.toml"

@@ -62,7 +62,7 @@ class Kernel(Function):
         self.form = form
         self.size = 4 if form.dtype == "float32" else 2
         self.zero = self.const(VF32, 0.0)
-        self.streaming = False
+        self.streaming = self.relu = False
         self._words: dict[str, Value] = {}
 
     def word(self, name: str) -> Value:
@@ -115,9 +115,23 @@ class Kernel(Function):
         with self.b.if_else(self.flag(STREAM).v) as (past, into):
             with past:
                 self.streaming = True
-                body()
+                self.bending(body)
                 self.streaming = False
             with into:
+                self.bending(body)
+
+    def bending(self, body: Callable[[], None]) -> None:
+        """Emit ``body`` for relu, and for any other slope: what relu saves shows in bfloat16."""
+        if not self.form.act:
+            body()
+            return
+        slope = self.word("slope")
+        with self.b.if_else(slope.equals(0.0).v) as (flat, sloped):
+            with flat:
+                self.relu = True
+                body()
+                self.relu = False
+            with sloped:
                 body()
 
     def floats(self, base: Value, i: Value, t: Type = VF32, lanes: Value | None = None) -> Value:
@@ -202,9 +216,10 @@ class Kernel(Function):
 
     def bend(self, value: Value, negative: Value) -> Value:
         """act(z), or dy·act'(z): times the slope where z was negative, exactly 0 for relu."""
+        if self.relu:
+            return self.select(negative, self.zero, value)
         slope = self.splat(self.word("slope").to(F32, "fptrunc"))
-        bent = self.select(slope.equals(0.0), self.zero, value * slope)
-        return self.select(negative, bent, value)
+        return self.select(negative, value * slope, value)
 
     def output(
         self, z: Value, at: Value, signs: Value, lanes: Value | None, valid: Value | None

@@ -283,7 +283,7 @@ def backward(module: ir.Module, form: Form) -> None:
 
         return terms
 
-    first.sum_up(terms_of)
+    first.bending(lambda: first.sum_up(terms_of))
     first.end()
 
     second = _Matrix(module, "finish", form)

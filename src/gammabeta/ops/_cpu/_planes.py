@@ -239,7 +239,7 @@ def backward(module: ir.Module, form: Form) -> None:
                 value = k.floats(plan, c + k.c * i, vector(F32, 8), lanes)
                 k.keep(value, k.local, at + BLOCK * i, lanes)
         with k.when((k.word("flags") & TOTALS).equals(0)):
-            k.sum_up(lambda n, c, place: _terms(k, n, c, place))
+            k.bending(lambda: k.sum_up(lambda n, c, place: _terms(k, n, c, place)))
             with k.octets() as (c, at, lanes):
                 for i, name in enumerate(("dbias", "dweight")):
                     value = k.doubles(k.pair, at + BLOCK * i)

@@ -136,7 +136,7 @@ WEIGHTS: dict[str, Callable[[int, int], float]] = {
 
 
 def trained_gradients(seed: int, images: Images, tiny: bool) -> Iterator[Row]:
-    """The slopes of vanishing-depth after 200 steps, both arms from the same weights and batches."""
+    """Slopes after 200 steps; both arms have the same start, batches and images."""
     depth, steps = (8, 10) if tiny else (30, 200)
     train_x, train_y, *_ = fair_split(images, seed, "test")
     x, y = images_of(stream(seed, "vanishing-depth"), images, 64)
