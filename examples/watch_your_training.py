@@ -32,7 +32,7 @@ for _ in range(10):
         cross_entropy(net(x[rows]), y[rows]).backward()
         optimizer.step()
         averaged.update_parameters(net)
-print(f"{len(rec.record().steps)} records cost {rec.overhead:.1%} of the training")
+print(f"{len(rec.record().steps)} records cost {rec.overhead:.1%}, {rec.skipped} more were skipped")
 for when in ("before", "after"):
     accuracy = (averaged.eval()(test_x).argmax(1) == test_y).double().mean()
     print(f"\n{when} gb.calibrate: accuracy of the averaged weights {accuracy:.1%}")

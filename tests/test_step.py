@@ -860,3 +860,18 @@ def test_measure_takes_a_name_or_a_function_and_checks_what_comes_back():
         gb.measure(step, "gradient")
     with pytest.raises(TypeError, match=r"dict of tensors by name, got .* from '<lambda>'"):
         gb.measure(step, lambda step, memory: {"n": 1.0})
+
+
+def test_models_without_values_are_refused():
+    with torch.device("meta"):
+        model = nn.Sequential(nn.Linear(4, 5), gb.BatchNorm1d(5))
+    x, y = torch.randn(8, 4), torch.zeros(8, dtype=torch.long)
+    for use in (
+        lambda: gb.sites(model, x),
+        lambda: gb.Step(model, nn.functional.cross_entropy, (x, y)),
+        lambda: gb.check(model, x),
+        lambda: gb.Recorder(model),
+        lambda: gb.calibrate(model, [x]),
+    ):
+        with pytest.raises(ValueError, match=r"weight' .*on the device 'meta'. Move .*to_empty"):
+            use()

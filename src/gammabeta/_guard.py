@@ -64,6 +64,13 @@ def unwrap(model: nn.Module, caller: str) -> nn.Module:
                 f"gammabeta.{caller}: all parameters must have a shape, got {where}, whose "
                 f"{lazy[0]!r} is lazy. Run one batch through the model first."
             )
+        empty = [key for key, value in held if value is not None and value.is_meta]
+        if empty:
+            raise ValueError(
+                f"gammabeta.{caller}: all tensors must hold values, got {where}, whose "
+                f"{empty[0]!r} is on the device 'meta'. Move the model with "
+                "model.to_empty(device='cpu') and load its state_dict first."
+            )
     return model
 
 

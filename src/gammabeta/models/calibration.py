@@ -130,6 +130,12 @@ def calibrate(
         raise ValueError(f"calibrate: order must be 'network' or 'batch', got {order!r}.")
     if isinstance(model, DistributedDataParallel):
         model = model.module
+    for name, value in (*model.named_parameters(), *model.named_buffers()):
+        if value.is_meta:
+            raise ValueError(
+                f"calibrate: all tensors must hold values, got {name!r} on the device 'meta'. Move "
+                "the model with model.to_empty(device='cpu') and load its state_dict first."
+            )
     layers, skipped = _choose(model)
     work = _Work(model, layers, batches, forward or run, group)
     before = {name: _stored(layer) for name, layer in layers.items()}

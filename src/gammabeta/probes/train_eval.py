@@ -117,6 +117,8 @@ class GapTable(list[LayerGap]):
             text = f"{name or '(model)':<{width}}" + "".join(f"{cell:>8}" for cell in cells)
             lines.append(f"{text}  {row.cause}".rstrip())
         lines.append("in % of the standard deviation of the training output; the parts sum to gap")
+        if any(part < 0 for row in rows for part in row.parts.values()):
+            lines.append("a negative part works against the others")
         found = {row.cause for row in rows}
         lines += [f"{key}: {cure}" for key, (_, cure) in CAUSES.items() if key in found]
         return "\n".join(lines)
