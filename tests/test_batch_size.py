@@ -72,12 +72,6 @@ def test_held_and_images_see_the_same_number_of_images_and_differ_in_the_rate_al
     assert [r["accuracy"] for r in same[0]] == [r["accuracy"] for r in same[1]]
 
 
-def test_the_limits_are_those_of_the_study():
-    assert batch_size.limits(40000, 1999) == (1.0, 0.0)
-    assert batch_size.limits(40000, 9000) == (2.0, pytest.approx(4.375))
-    assert batch_size.limits(40000, 40000) == (3.0, 5.0)
-
-
 # -- made-up rows -----------------------------------------------------------------------------
 
 

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from gammabeta.layers._running import RunningMoments
 from gammabeta.layers.batch_norm import BatchNorm1d
+from gammabeta.layers.renorm import BatchRenorm1d
 from gammabeta.ops import batch_norm
 
 Norm = bool | Callable[[int], nn.Module]
@@ -150,6 +151,35 @@ class LateRenorm1d(BatchNorm1d):
         var.lerp_(batch_var, self.rate)
         self.seen += 1
         return y * r + d
+
+
+def renorm_limits(steps: int, seen: float) -> tuple[float, float]:
+    """r_max and d_max after so many batches of ``steps``: the MNIST study's, as shares of its own.
+
+    >>> renorm_limits(40000, 2000), renorm_limits(40000, 9000), renorm_limits(40000, 16000)
+    ((1.0, 0.0), (2.0, 4.375), (3.0, 5.0))
+    """
+    first = 0.05 * steps
+
+    def share(last: float) -> float:
+        return min(max((seen - first) / (last - first), 0.0), 1.0)
+
+    return 1 + 2 * share(0.4 * steps), 5 * share(0.25 * steps)
+
+
+def renorm(steps: int, eps: float, momentum: float) -> Callable[[int], nn.Module]:
+    """Batch Renormalization with the limits of so many steps, made by its width."""
+
+    def layer(width: int) -> nn.Module:
+        return BatchRenorm1d(
+            width,
+            eps,
+            momentum,
+            r_max=lambda seen: renorm_limits(steps, float(seen))[0],
+            d_max=lambda seen: renorm_limits(steps, float(seen))[1],
+        )
+
+    return layer
 
 
 def m2(

@@ -59,6 +59,7 @@ Rows: arm fields part, activation, optimizer, batch, norm ("bn", "none", "brn", 
 three rows of a published, held or images part `accuracy_precise`. On the digits: a demonstration.
 """
 
+import functools
 import math
 import statistics
 from collections.abc import Iterator, Mapping, Sequence
@@ -69,13 +70,12 @@ from torch import nn
 
 from gammabeta._runs import Row, Scalar
 from gammabeta.layers.ghost import GhostBatchNorm1d
-from gammabeta.layers.renorm import BatchRenorm1d
 from gammabeta.studies._answer import PLACES, Setting, Words, answer, points, span
 from gammabeta.studies._claims import claims
 from gammabeta.studies._data import Images
 from gammabeta.studies._experiments import Cell
 from gammabeta.studies._joint import Part, joint, outcome
-from gammabeta.studies._nets import LateRenorm1d, Norm, m2
+from gammabeta.studies._nets import LateRenorm1d, Norm, m2, renorm, renorm_limits
 from gammabeta.studies._pairs import Run, Runs, Tuning, collect, tune
 from gammabeta.studies._redrawn import redrawn
 from gammabeta.studies._train import (
@@ -274,20 +274,6 @@ def _best(tunings: Mapping[str, Tuning]) -> dict[str, dict[str, float]]:
 # -- one cell -----------------------------------------------------------------------------------
 
 
-def limits(steps: int, seen: float) -> tuple[float, float]:
-    """r_max and d_max after so many batches: the study's, at the same shares of the steps.
-
-    >>> limits(40000, 2000), limits(40000, 10000), limits(40000, 16000)
-    ((1.0, 0.0), (2.142857142857143, 5.0), (3.0, 5.0))
-    """
-    first, r_full, d_full = 0.05 * steps, 0.4 * steps, 0.25 * steps
-
-    def share(last: float) -> float:
-        return min(max((seen - first) / (last - first), 0.0), 1.0)
-
-    return 1 + 2 * share(r_full), 5 * share(d_full)
-
-
 def norm_of(norm: str, ghost: int, batch: int, steps: int, eps: float, momentum: float) -> Norm:
     """What stands before each activation."""
     if norm == "none":
@@ -295,21 +281,12 @@ def norm_of(norm: str, ghost: int, batch: int, steps: int, eps: float, momentum:
     if norm == "brn":
 
         def late(width: int) -> nn.Module:
-            return LateRenorm1d(width, lambda seen: limits(steps, seen), eps=eps, momentum=momentum)
+            limits = functools.partial(renorm_limits, steps)
+            return LateRenorm1d(width, limits, eps=eps, momentum=momentum)
 
         return late
     if norm == "brn_right":
-
-        def renorm(width: int) -> nn.Module:
-            return BatchRenorm1d(
-                width,
-                eps,
-                momentum,
-                r_max=lambda seen: limits(steps, float(seen))[0],
-                d_max=lambda seen: limits(steps, float(seen))[1],
-            )
-
-        return renorm
+        return renorm(steps, eps, momentum)
     if ghost < batch:
 
         def small(width: int) -> nn.Module:
