@@ -9,7 +9,7 @@ vanishing-depth    784-[100]*30-10 on 64 images, weights truncated normal with s
                    cross-entropy: slope of log10 ||dL/dz|| per layer toward the input, z = W x.
                    Shown beside: depths 2, 5, 10, 20; weights He, Xavier and N(0, 0.1^2), the same
                    way; and 30 layers after 200 steps of stochastic gradient descent (batch of 64,
-                   rate 0.1 in both arms, which for many an arm is not its best), 5 draws
+                   rate 0.1 in both arms, which for many an arm is not its best), 3 draws
 mf-explosion       30 layers of 256, Gaussian input and upstream gradient: factor per layer of
                    ||dL/dh||^2, h before BN, the first 5 layers skipped, against mean-field theory
 mf-orthogonal      the same with orthogonal weights, 60 layers of 64, beside Gaussian ones
@@ -68,7 +68,7 @@ from gammabeta.studies._verdict import Verdict, interval
 
 CLAIMS = tuple(MEASURES)
 ON_IMAGES = ("vanishing-depth", "bjorck-divergence")
-TRAINED_SEEDS = 5
+TRAINED_SEEDS = 3
 LINES = ("sigmoid", "tanh", "ReLU")
 
 # in seconds, about
