@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 import gammabeta
+from benchmarks import _page
 
 HERE = Path(__file__).parent
 
@@ -35,6 +36,9 @@ def main(wanted: list[str]) -> int:
         path.parent.mkdir(exist_ok=True)
         path.write_text(json.dumps({**provenance(name), **result}, indent=1) + "\n")
         print(f"written: {path.relative_to(HERE.parent)}")
+    if not {"kernels", "end_to_end"}.isdisjoint(wanted or names):
+        _page.write()
+        print(f"written: {_page.PAGE.relative_to(HERE.parent)}")
     return 0
 
 

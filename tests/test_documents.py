@@ -5,6 +5,8 @@ from pathlib import Path
 
 import pytest
 
+from benchmarks import _page
+
 ROOT = Path(__file__).resolve().parents[1]
 DOCUMENTS = sorted([ROOT / "README.md", ROOT / "CONTRIBUTING.md", *ROOT.glob("docs/*.md")])
 NAMES = [str(path.relative_to(ROOT)) for path in DOCUMENTS]
@@ -25,6 +27,10 @@ def test_links_between_documents_lead_somewhere(name):
     prose = re.sub(r"^```.*?^```", "", path.read_text(), flags=re.S | re.M)
     for target in re.findall(r"\]\((?!https?:)([^)#]+)", prose):
         assert (path.parent / target).exists(), f"{name} links to {target}"
+
+
+def test_the_page_on_speed_is_made_from_the_stored_results():
+    assert _page.PAGE.read_text() == _page.page(*map(_page.stored, ("kernels", "end_to_end")))
 
 
 def test_the_commands_of_the_readme_exist():

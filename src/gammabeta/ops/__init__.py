@@ -123,7 +123,7 @@ def run(
     parsed = None if act is None else _activations.parse(act)
     plain = group is None and (backend == "auto" or backend == "cpu")
     if plain and _cpu.direct(x, weight, bias, moments, eps, mask, residual):
-        return _cpu.by_address(x, weight, bias, moments, eps, parsed, residual, None)
+        return _cpu.by_address(x, weight, bias, moments, eps, parsed, residual, None, True)
     _check(x, weight, bias, moments, eps, residual)
     if group is not None and moments is not None:
         raise ValueError(

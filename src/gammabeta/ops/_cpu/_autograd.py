@@ -35,45 +35,79 @@ def forward(
     act: Parsed,
     residual: Tensor | None,
     valid: Tensor | None,
+    sound: bool = False,
 ) -> tuple[Tensor, Moments | Held | Kept]:
-    """y and what normalized it."""
-    if torch.is_grad_enabled() and (
+    """y and what normalized it; ``sound`` says that weight and bias can be read as they lie."""
+    slope = slope_of(act)
+    smooth = act is not None and slope is None
+    layout = _calls.layout_of(x)
+    usual = (
+        layout is not None
+        and not (smooth or x.is_neg() or x._is_zerotensor())
+        and valid is None
+        and (sound or weight is None or _calls.at_hand(weight))
+        and (sound or bias is None or _calls.at_hand(bias))
+    )
+    if not torch.is_grad_enabled() or not (
         x.requires_grad
         or (weight is not None and weight.requires_grad)
         or (bias is not None and bias.requires_grad)
         or (residual is not None and residual.requires_grad)
     ):
-        slope = slope_of(act)
-        smooth = act is not None and slope is None
-        layout = _calls.layout_of(x)
-        if (
-            layout is not None
-            and not (smooth or x.is_neg() or x._is_zerotensor())
-            and valid is None
-            and given is None
-            and (weight is None or _calls.at_hand(weight))
-            and (bias is None or _calls.at_hand(bias))
-        ):
-            form = (x.shape, x.dtype, layout, eps, act, slope, residual is not None)
-            plan = _calls.plain(*form, _calls.threads_for(x))
-            boxed: list[Kept] = []
-            y = _plain(x, weight, bias, residual, plan, boxed)
-            (seen,) = boxed
-            if made is not None and residual is None:
-                how = How(eps, act, slope, False, seen.values, False, False, layout)
-                made(y, (x, weight, bias, None, seen.stats), how)
-            return y, seen
+        if usual and type(given) is Held:
+            assert layout is not None
+            return _infer(x, weight, bias, residual, given, eps, slope, layout), given
+        y, kept, _, count = compute(x, weight, bias, residual, valid, given, eps, act, False)
+    elif usual and given is None:
+        form = (x.shape, x.dtype, layout, eps, act, slope, residual is not None)
+        plan = _calls.plain(*form, _calls.threads_for(x))
+        boxed: list[Kept] = []
+        y = _plain(x, weight, bias, residual, plan, boxed)
+        (seen,) = boxed
+        if made is not None and residual is None:
+            how = How(eps, act, slope, False, seen.values, False, False, plan.layout)
+            made(y, (x, weight, bias, None, seen.stats), how)
+        return y, seen
+    else:
         box: list[Any] = []
         y = _apply(x, weight, bias, residual, (valid, given, eps, act, box))
         kept, count = box
         if made is not None and residual is None:
             how = How(eps, act, slope, smooth, count, given is not None, False, _calls.lies(x))
             made(y, (x, weight, bias, valid, kept), how)
-    else:
-        y, kept, _, count = compute(x, weight, bias, residual, valid, given, eps, act, False)
     if given is not None:
         return y, given
     return y, Kept(kept, x.shape[1], count, valid is not None)
+
+
+def _infer(
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    given: Held,
+    eps: float,
+    slope: float | None,
+    layout: str,
+) -> Tensor:
+    """y by running statistics, of which nothing is kept."""
+    form = (x.shape, x.dtype, layout, eps, slope, residual is not None)
+    (run, words, room, _), large = _calls.held(*form, _calls.threads_for(x))
+    if residual is not None:
+        residual = _calls.arranged(residual, layout)
+    y = _calls.fresh(x, large)
+    channels = x.shape[1]
+    stats = _calls.scratch(8 * _calls.kept_size(channels) + room)
+    addresses = _calls.pointers(
+        *(x.data_ptr(), y.data_ptr(), 0, 0),
+        *(0 if residual is None else residual.data_ptr(), 0, 0, 0),
+        0 if weight is None else weight.data_ptr(),
+        0 if bias is None else bias.data_ptr(),
+        *(stats, given.mean.data_ptr(), given.var.data_ptr(), stats + 16 * channels),
+        *(stats + 8 * _calls.kept_size(channels), 0, 0, 0, 0, 0, 0),
+    )
+    run(addresses + words)
+    return y
 
 
 def compute(

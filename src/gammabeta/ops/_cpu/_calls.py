@@ -217,6 +217,25 @@ def plain(
     return Plain(layout, act, eps, slope, count, kept, 16 * channels, large, there, back, sums)
 
 
+@functools.lru_cache(maxsize=4096)
+def held(
+    shape: tuple[int, ...],
+    dtype: torch.dtype,
+    layout: str,
+    eps: float,
+    slope: float | None,
+    residual: bool,
+    threads: int,
+) -> tuple[Recipe, bool]:
+    """Inference with a layer's running statistics, and whether the output is large."""
+    size, channels = math.prod(shape), shape[1]
+    bytes_ = size * dtype.itemsize
+    row = channels if layout == "pixels" else size // (shape[0] * channels)
+    form = (layout, shape, dtype, slope is not None, residual, False, threads)
+    numbers = (1.0, eps, 1.0 if slope is None else slope)
+    return recipe("forward", *form, HELD | _streams(bytes_, row), *numbers), bytes_ >= _HUGE
+
+
 def _divide(
     layout: str, shape: tuple[int, ...], size: int, masked: bool, threads: int, flags: int
 ) -> tuple[bytes, int, int]:
