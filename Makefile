@@ -6,8 +6,9 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet -c const
 .PHONY: study study-all test check bench clean
 .DELETE_ON_ERROR:
 
-study: .venv/study.stamp          ## the main job: the headline claims, decided in under five minutes
-	@$(BIN)/gammabeta study run headline --out runs/headline
+# Every activation, Jacobians, vanishing gradients: those of the headline claims that fit.
+study: .venv/study.stamp          ## the main job: headline claims, decided in under five minutes
+	@$(BIN)/gammabeta study run act-all jacobian-one vanishing-depth --out runs/headline
 
 study-all: .venv/study.stamp      ## every experiment at budget small
 	@$(BIN)/gammabeta study run --out runs/all
