@@ -48,7 +48,6 @@ import math
 from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
-import torch
 from torch import Tensor
 
 from gammabeta._runs import Row, Scalar
@@ -70,7 +69,15 @@ from gammabeta.studies._pairs import (
     tune,
     unpaired,
 )
-from gammabeta.studies._train import accuracy, log_steps, pixels, stream, train
+from gammabeta.studies._train import (
+    accuracy,
+    fair_split,
+    log_steps,
+    pixels,
+    published_split,
+    stream,
+    train,
+)
 from gammabeta.studies._verdict import Verdict, planned_n, universal
 
 CLAIMS = ("act-all", "act-sigmoid-most")
@@ -87,8 +94,6 @@ PILOT_SEEDS = (900, 901, 902, 903)
 LEAST_SEEDS, MOST_SEEDS = 5, 16
 PUBLISHED_RATES = (0.01, 0.0001)
 RATES = (0.01, 0.03, 0.1, 0.3, 1.0, 3.0)
-FAIR_IMAGES, TRAINING_IMAGES = 5000, 55000
-DIGITS_SPLIT = (1000, 297, 500)
 _ARM = ("part", "activation", "norm", "rate")
 
 Rates = Mapping[str, Mapping[str, float]]  # activation -> arm -> learning rate
@@ -290,21 +295,9 @@ def measure(arm: Mapping[str, Scalar], seed: int, budget: str, data: Images) -> 
 
 def split(part: str, seed: int, data: Images) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Training and evaluation images and labels of a part; the choice depends on the seed alone."""
-    if data.name == "digits":
-        order = torch.randperm(len(data.train_x), generator=stream(seed, "split"))
-        train_at, validation_at, test_at = torch.split(
-            order[: sum(DIGITS_SPLIT)], list(DIGITS_SPLIT)
-        )
-        at = validation_at if part == "tuning" else test_at
-        x, y = data.train_x, data.train_y
-        return x[train_at], y[train_at], x[at], y[at]
-    train_x, train_y = data.train_x[:TRAINING_IMAGES], data.train_y[:TRAINING_IMAGES]
-    if part != "published":
-        order = torch.randperm(len(train_x), generator=stream(seed, "images"))[:FAIR_IMAGES]
-        train_x, train_y = train_x[order], train_y[order]
-    if part == "tuning":
-        return train_x, train_y, data.train_x[TRAINING_IMAGES:], data.train_y[TRAINING_IMAGES:]
-    return train_x, train_y, data.test_x, data.test_y
+    if part == "published":
+        return published_split(data, seed)
+    return fair_split(data, seed, "validation" if part == "tuning" else "test")
 
 
 # -- what it means ------------------------------------------------------------------------------
