@@ -85,9 +85,15 @@ def expected(budget: str, data: str, seeds: int | None) -> list[Cell]:
 
 
 def _of_seeds(budget: str, seeds: Sequence[int], pilot: bool, wave: int) -> list[Cell]:
-    cost = 0.1 if budget == "tiny" else 1.7
+    cost = {"bn": 1.1, "none": 0.85}  # seconds, about
     return [
-        Cell("singular-values", {"norm": norm, "rate": rate, "pilot": pilot}, seed, cost, wave)
+        Cell(
+            "singular-values",
+            {"norm": norm, "rate": rate, "pilot": pilot},
+            seed,
+            cost[norm] / (8 if budget == "tiny" else 1),
+            wave,
+        )
         for seed in seeds
         for rate in RATES
         for norm in NORMS
@@ -130,16 +136,20 @@ def _spectra(net: MLP, x: Tensor, step: int, last: int, name: str) -> Iterator[R
         values = singular_values(weight.detach().double(), factors)
         if not bool(values.isfinite().all()):
             continue
-        row: Row = {"step": step, "kind": kind, "mean": values.mean().item()}
-        row["median"] = values.median().item()
-        row["largest"] = values[:, 0].mean().item()
-        row |= {f"sv_{k}": values[:, k - 1].mean().item() for k in PANELS}
+        row: Row = {"step": step, "kind": kind, "mean": _short(values.mean())}
+        row["median"], row["largest"] = _short(values.median()), _short(values[:, 0].mean())
+        row |= {f"sv_{k}": _short(values[:, k - 1].mean()) for k in PANELS}
         yield row
         if kind == "sum" and step in (0, last):
             when = "at the start" if step == 0 else "at the end"
-            for k, value in enumerate(values.mean(0).tolist(), 1):
+            for k, value in enumerate(values.mean(0), 1):
                 head = {"kind": "curve", "curve": when, "series": name}
-                yield {**head, "x": float(k), "y": value}
+                yield {**head, "x": float(k), "y": _short(value)}
+
+
+def _short(value: Tensor) -> float:
+    """Seven digits: what the float32 weights carry."""
+    return float(f"{value.item():.7g}")
 
 
 def slopes(net: MLP, x: Tensor) -> tuple[Tensor, Tensor]:
