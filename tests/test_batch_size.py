@@ -189,7 +189,7 @@ def test_full_is_the_protocol_of_the_source_and_a_whole_run_is_foreseen():
     _, asked = simulate(batch_size, answering(sd=0.0001), budget="full")
     letter = [c for c in asked if c.arm["part"] == "published"]
     assert {c.seed for c in letter} == {0, 1, 2}
-    assert len(letter) == 3 * 2 * (2 * 4 + 2)
+    assert len(letter) == 3 * ((2 * 4 + 2) + (2 * 3 + 1))
     assert batch_size.PLANS["full"].published_steps == 40000
     foreseen = batch_size.expected("full", "mnist", None)
     assert len(foreseen) == len(asked)

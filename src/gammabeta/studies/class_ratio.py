@@ -84,8 +84,8 @@ COUNTS = {"true": (1135, 500, 250, 50), "intended": (980, 109, 52, 10)}  # ones 
 ZEROS, SUBSAMPLES = 980, 20
 PUBLISHED_RATES = (0.01, 0.0001)
 RATES = (0.01, 0.03, 0.1, 0.3, 1.0, 3.0)
-_COST = {"none": 0.45, "bn": 0.65, "brn": 2.4, "ln": 0.75}  # ms a step
-_EVALUATION = {"none": 0.05, "bn": 1.3, "brn": 1.3, "ln": 0.05}  # s
+_COST = {"none": 0.6, "bn": 0.8, "brn": 1.9, "ln": 0.8}  # ms a step
+_EVALUATION = {"none": 0.1, "bn": 1.8, "brn": 1.8, "ln": 0.1}  # s
 
 
 class Plan(NamedTuple):
