@@ -645,7 +645,8 @@ def figures(rows: list[Row]) -> list[dict[str, Any]]:
         if (series := _series({k: list(g.values()) for k, g in by.items() if g}))["x"]
     ]
     title = f"Gain of batch normalization over batch size, on {PLACES.get(data, data)}"
-    found = redrawn("batch-size", rows)
+    wanted = ("batch-size-fig-6", "batch-size-fig-9")
+    found = [figure for figure in redrawn("batch-size", rows) if figure["id"] in wanted]
     if panels:
         found.append(
             {

@@ -299,10 +299,14 @@ def _found(rows: Sequence[Row]) -> Found:
     found: Found = {}
     for row in rows:
         seed, odds, value = row.get("seed"), row.get("odds"), row.get("balanced")
-        if isinstance(seed, int) and isinstance(odds, float) and isinstance(value, int | float):
+        if (
+            isinstance(seed, int)
+            and isinstance(odds, int | float)
+            and isinstance(value, int | float)
+        ):
             by_seed = found.setdefault((row["part"], row["norm"], row["rate"]), {})
             by_set = by_seed.setdefault(seed, {}).setdefault((row["ratios"], row["mode"]), {})
-            by_set[odds] = 100 * float(value)
+            by_set[float(odds)] = 100 * float(value)
     return found
 
 

@@ -97,6 +97,7 @@ NAMES = {"sigmoid": "sigmoid", "relu": "ReLU"}
 GRADIENT_STEPS = 1000
 # Steps of the published figures: what can be compared at the step itself is not interpolated.
 FIGURE_STEPS = (1, 1000, 4000, 5200, 10000, 20000, 40000)
+FIGURES = ("fig-1", "fig-2", "fig-4", "fig-5")  # that f-lr is about
 _ARM = ("part", "activation", "optimizer", "norm", "rate")
 
 
@@ -495,7 +496,7 @@ def _decided(rows: Sequence[Row], least: int) -> tuple[Outcome, list[str]]:
     cells: dict[str, Outcome] = {}
     notes = []
     for figure in published():
-        if figure.id not in ("fig-1", "fig-2", "fig-4", "fig-5"):
+        if figure.id not in FIGURES:
             continue
         by_rate, over = distances(figure, found)
         code, other = (by_rate[rate] for rate in PUBLISHED_RATES)
@@ -549,5 +550,6 @@ def _notes(plan: Plan, budget: str, tunings: Mapping[str, Tuning], runs: Runs) -
 
 
 def figures(rows: list[Row]) -> list[dict[str, Any]]:
-    """The published figures again."""
-    return redrawn("published", rows) if rows else []
+    """The published figures that f-lr is about, again; Fig. 4 with two of its activations."""
+    wanted = {f"published-{figure}" for figure in FIGURES}
+    return [figure for figure in redrawn("published", rows) if figure["id"] in wanted]
