@@ -10,8 +10,11 @@ from torch.nn import functional as F
 
 from gammabeta.studies import _data, grid
 from gammabeta.studies._claims import claims, overruled
+from gammabeta.studies._grid import contrasts
 from gammabeta.studies._nets import m2
+from gammabeta.studies._pairs import Run
 from gammabeta.studies._train import batches, fair_split, pixels, published_split, stream
+from gammabeta.studies._verdict import lies_above
 from tests.simulated import judged, measured, noise, simulate
 
 DIGITS = _data.load("digits")
@@ -73,8 +76,8 @@ def test_a_diverged_run_is_recorded_and_not_an_error():
 
 def test_a_table_of_one_main_effect_is_its_share():
     table = np.zeros((5, 2, 4)) + np.array([1, 5, 2, 8, 3.0])[:, None, None]
-    assert grid.shares(table) == pytest.approx([1, 0, 0])
-    assert grid.shares(np.full((5, 2, 4), 3.0)) == [0, 0, 0]
+    assert contrasts.shares(table) == pytest.approx([1, 0, 0])
+    assert contrasts.shares(np.full((5, 2, 4), 3.0)) == [0, 0, 0]
 
 
 def test_shares_are_those_of_the_regression_on_indicators():
@@ -95,13 +98,30 @@ def test_shares_are_those_of_the_regression_on_indicators():
         (left({0, 1, 2} - {k}) - left({0, 1, 2}) - df * error) / (total + error)
         for k, df in enumerate((4, 1, 3))
     ]
-    assert grid.shares(table) == pytest.approx(wanted)
+    assert contrasts.shares(table) == pytest.approx(wanted)
 
 
 def test_of_noise_alone_no_factor_has_a_share_on_average():
     draw = np.random.default_rng(1)
-    found = np.array([grid.shares(draw.normal(size=(5, 2, 4))) for _ in range(2000)])
+    found = np.array([contrasts.shares(draw.normal(size=(5, 2, 4))) for _ in range(2000)])
     assert np.abs(found.mean(0)).max() < 0.01
+
+
+def test_equal_main_effects_are_called_unequal_as_rarely_as_the_rule_says():
+    draw, least = np.random.default_rng(2), 8
+    for size in (0.0, 0.3, 2.0):
+        wrong = 0
+        for _ in range(1000):
+            levels = {("relu", "sgd"): 2 * size, ("sigmoid", "adam"): 0.0}
+            arms = {
+                pair: {
+                    s: Run([1], [levels.get(pair, size) + draw.normal(0, 0.5)], [], False)
+                    for s in range(least)
+                }
+                for pair in itertools.product(contrasts.CROSSED, contrasts.OPTIMIZERS)
+            }
+            wrong += lies_above(contrasts.optimizer_less(arms), 0.0).status == "supported"
+        assert wrong <= 64, size
 
 
 # -- made-up rows -----------------------------------------------------------------------------

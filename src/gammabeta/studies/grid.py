@@ -70,16 +70,30 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
-import numpy as np
-
 from gammabeta._runs import Row, Scalar
 from gammabeta.studies._answer import PLACES, Setting, Words, answer
 from gammabeta.studies._claims import claims
 from gammabeta.studies._data import Images
 from gammabeta.studies._experiments import Cell
+from gammabeta.studies._grid.contrasts import (
+    CROSSED,
+    FACTORS,
+    OPTIMIZERS,
+    Gains,
+    Place,
+    Rates,
+    arm_of,
+    contrasts,
+    factors,
+    gains_of,
+    own_rates,
+    published_arms,
+    same_rate,
+    shares_by_seed,
+)
 from gammabeta.studies._joint import Part, joint
 from gammabeta.studies._nets import ACTIVATIONS, m2
-from gammabeta.studies._pairs import NORMS, Run, Runs, Tuning, collect, gains, tune, unpaired
+from gammabeta.studies._pairs import NORMS, Run, Runs, Tuning, collect, tune, unpaired
 from gammabeta.studies._train import (
     accuracy,
     fair_split,
@@ -102,19 +116,12 @@ NAMES = {
     "sgd": "SGD",
     "adam": "Adam",
 }
-OPTIMIZERS = ("sgd", "adam")
-FACTORS = ("activation", "optimizer", "batch size")
 TUNING_SEEDS = (800, 801)
 PILOT_SEEDS = (900, 901, 902, 903)
 LEAST_SEEDS, MOST_SEEDS, LEAST_EQUIVALENCE = 5, 16, 8
 PUBLISHED_RATES = (0.01, 0.0001)
 RATES = {"sgd": (0.03, 0.1, 0.3, 1.0), "adam": (0.0003, 0.001, 0.003, 0.01)}
 _ARM = ("part", "activation", "optimizer", "batch", "norm", "rate")
-_CROSSED = ("relu", "sigmoid")  # of opt-less
-
-Place = tuple[str, str, int]  # activation, optimizer, batch size
-Rates = Mapping[Place, Mapping[str, float]]  # place -> arm -> learning rate
-Gains = dict[Place, dict[int, float]]  # place -> seed -> points
 
 
 class Plan(NamedTuple):
@@ -137,7 +144,7 @@ class Plan(NamedTuple):
 
 _ALL = (tuple(ACTIVATIONS), (4, 16, 64, 256))
 PLANS = {
-    "tiny": Plan(6, 6, 2, 2, _CROSSED, (16, 64), {"sgd": (0.1,), "adam": (0.01,)}, 1000, False),
+    "tiny": Plan(6, 6, 2, 2, CROSSED, (16, 64), {"sgd": (0.1,), "adam": (0.01,)}, 1000, False),
     "small": Plan(250, 1000, 5, 5, *_ALL, RATES, 10000, True),
     "full": Plan(500, 5200, 5, 3, *_ALL, RATES, 10000, True),
 }
@@ -193,19 +200,13 @@ def _main(plan: Plan, best: Rates, seeds: int | None) -> list[Cell]:
             wanted += [
                 _cell(plan, 1, seed, "published", (activation, optimizer, 64), norm, rate)
                 for rate in PUBLISHED_RATES
-                for activation, optimizer, norm in _published_arms()
+                for activation, optimizer, norm in published_arms()
             ]
     if seeds is None and plan.decides:
         for seed in PILOT_SEEDS:
             for place in plan.places:
                 wanted += _pair(plan, 2, seed, "pilot", place, best[place])
     return wanted
-
-
-def _published_arms() -> list[tuple[str, str, str]]:
-    """What the two claims need: four arms with, and ReLU with Adam without."""
-    crossed = [(a, o, "bn") for a in _CROSSED for o in OPTIMIZERS]
-    return [*crossed, ("relu", "adam", "none")]
 
 
 def _pair(
@@ -255,100 +256,9 @@ def _best(tunings: Mapping[Place, Tuning]) -> Rates:
     return {place: tuning.best for place, tuning in tunings.items() if tuning.best is not None}
 
 
-# -- contrasts ----------------------------------------------------------------------------------
-
-
-def _arm(part: str, runs: Runs, place: Place, norm: str, rate: float | None) -> dict[int, Run]:
-    return runs.get((part, *place, norm, rate), {})
-
-
-def _gains(part: str, runs: Runs, best: Rates, plan: Plan) -> Gains:
-    """Gain in points by place and seed; empty where an arm or its rate is missing."""
-    found = {}
-    for place in plan.places:
-        rates = best.get(place, {})
-        with_bn, without = (_arm(part, runs, place, n, rates.get(n)) for n in NORMS)
-        found[place] = gains(with_bn, without)
-    return found
-
-
-def shares(table: np.ndarray[Any, np.dtype[np.float64]]) -> list[float]:
-    """Omega squared of each axis's main effect, all interactions being the error.
-
-    (SS - df MS_error) / (SS_total + MS_error) of one value per cell; 0 if all values are equal.
-    """
-    mean = table.mean()
-    total = float(((table - mean) ** 2).sum())
-    if total <= 0:
-        return [0.0] * table.ndim
-    squares, freedom = [], []
-    for axis, size in enumerate(table.shape):
-        others = tuple(k for k in range(table.ndim) if k != axis)
-        by_level = table.mean(axis=others)
-        squares.append(table.size / size * float(((by_level - mean) ** 2).sum()))
-        freedom.append(size - 1)
-    error = (total - sum(squares)) / (table.size - 1 - sum(freedom))
-    return [(ss - df * error) / (total + error) for ss, df in zip(squares, freedom, strict=True)]
-
-
-def _shares(by: Gains, plan: Plan) -> list[list[float]]:
-    """Shares of the factors, for each seed that the whole grid has."""
-    seeds = set.intersection(*(set(by_seed) for by_seed in by.values()))
-    shape = (len(plan.activations), len(OPTIMIZERS), len(plan.batches))
-    return [
-        shares(np.array([by[place][s] for place in plan.places]).reshape(shape))
-        for s in sorted(seeds)
-    ]
-
-
-def _factors(by: Gains, plan: Plan) -> dict[str, list[float]]:
-    found = _shares(by, plan)
-    return {
-        f"activation − {factor}": [each[0] - each[k] for each in found]
-        for k, factor in enumerate(FACTORS)
-        if k > 0
-    }
-
-
-def _optimizer_less(arms: Mapping[tuple[str, str], Mapping[int, Run]]) -> list[float]:
-    """Main effect of the activation minus that of the optimizer, seed by seed."""
-    seeds = sorted(set.intersection(*(set(by_seed) for by_seed in arms.values())))
-    if not seeds:
-        return []
-    at = {arm: np.array([by_seed[s].final for s in seeds]) for arm, by_seed in arms.items()}
-    first, second = _CROSSED
-    sgd, adam = OPTIMIZERS
-    activation = (at[first, sgd] + at[first, adam] - at[second, sgd] - at[second, adam]) / 2
-    optimizer = (at[first, sgd] + at[second, sgd] - at[first, adam] - at[second, adam]) / 2
-    signed = [x if x.mean() >= 0 else -x for x in (activation, optimizer)]
-    return [float(v) for v in signed[0] - signed[1]]
-
-
-def _contrasts(
-    part: str, runs: Runs, rates: Mapping[tuple[Place, str], float | None]
-) -> dict[str, list[float]]:
-    """opt-less and sgd-bn-vs-adam, at batch 64, each arm at this rate."""
-
-    def arm(activation: str, optimizer: str, norm: str) -> dict[int, Run]:
-        place = (activation, optimizer, 64)
-        return _arm(part, runs, place, norm, rates.get((place, norm)))
-
-    crossed = {(a, o): arm(a, o, "bn") for a in _CROSSED for o in OPTIMIZERS}
-    beside = gains(crossed["relu", "sgd"], arm("relu", "adam", "none"))
-    return {"opt-less": _optimizer_less(crossed), "sgd-bn-vs-adam": list(beside.values())}
-
-
-def _own(best: Rates) -> dict[tuple[Place, str], float | None]:
-    return {(place, norm): rate for place, by in best.items() for norm, rate in by.items()}
-
-
-def _same(rate: float) -> dict[tuple[Place, str], float | None]:
-    return {((a, o, 64), n): rate for a, o, n in _published_arms()}
-
-
 def _planned(runs: Runs, best: Rates, plan: Plan) -> dict[Place, int] | None:
     """Seeds that the pilot asks for in each place, None before it is complete."""
-    pilot = _gains("pilot", runs, best, plan)
+    pilot = gains_of("pilot", runs, best, plan.places)
     if any(seed not in by_seed for by_seed in pilot.values() for seed in PILOT_SEEDS):
         return None
 
@@ -357,14 +267,14 @@ def _planned(runs: Runs, best: Rates, plan: Plan) -> dict[Place, int] | None:
 
     known = {claim: claims()[claim].thresholds for claim in CLAIMS}
     delta = known["which-factor"]["delta"]
-    everywhere = max(asked(values, delta) for values in _factors(pilot, plan).values())
+    everywhere = max(asked(values, delta) for values in factors(pilot).values())
     delta = known["bn-improves-any"]["delta"]
     found = {p: max(everywhere, asked(list(by.values()), delta)) for p, by in pilot.items()}
-    contrasts = _contrasts("pilot", runs, _own(best))
-    crossed = asked(contrasts["opt-less"], known["opt-less"]["precision"])
+    compared = contrasts("pilot", runs, own_rates(best))
+    crossed = asked(compared["opt-less"], known["opt-less"]["precision"])
     delta = known["sgd-bn-vs-adam"]["delta"]
-    beside = asked(contrasts["sgd-bn-vs-adam"], delta, LEAST_EQUIVALENCE)
-    for activation, optimizer in itertools.product(_CROSSED, OPTIMIZERS):
+    beside = asked(compared["sgd-bn-vs-adam"], delta, LEAST_EQUIVALENCE)
+    for activation, optimizer in itertools.product(CROSSED, OPTIMIZERS):
         place = (activation, optimizer, 64)
         needed = max(crossed, beside if activation == "relu" else 0)
         found[place] = max(found[place], needed)
@@ -450,7 +360,7 @@ def judge(rows: list[Row]) -> list[Verdict]:
     plan, runs = PLANS[budget], collect(rows, _ARM)
     tunings = _tunings(runs, plan)
     best = _best(tunings)
-    fair, pilot = (_gains(part, runs, best, plan) for part in ("fair", "pilot"))
+    fair, pilot = (gains_of(part, runs, best, plan.places) for part in ("fair", "pilot"))
     planned = _planned(runs, best, plan)
     notes: list[str] = []
     missing = sum(tuning.missing for tuning in tunings.values())
@@ -460,7 +370,7 @@ def judge(rows: list[Row]) -> list[Verdict]:
     if at_edge and plan.decides:
         notes.append(f"The best learning rate is at the end of all that is tried: {at_edge}.")
     alone = sum(
-        len(unpaired(*(_arm("fair", runs, p, n, by[n]) for n in NORMS))) for p, by in best.items()
+        len(unpaired(*(arm_of("fair", runs, p, n, by[n]) for n in NORMS))) for p, by in best.items()
     )
     if alone:
         notes.append(f"Left out, as one arm is missing: {alone} runs.")
@@ -475,8 +385,8 @@ def judge(rows: list[Row]) -> list[Verdict]:
     if not plan.decides:
         notes.append(f"The budget {budget} tries the wiring; it decides nothing.")
 
-    own, trial = (_contrasts(part, runs, _own(best)) for part in ("fair", "pilot"))
-    published = {rate: _contrasts("published", runs, _same(rate)) for rate in PUBLISHED_RATES}
+    own, trial = (contrasts(part, runs, own_rates(best)) for part in ("fair", "pilot"))
+    published = {rate: contrasts("published", runs, same_rate(rate)) for rate in PUBLISHED_RATES}
     # The source's protocol has three seeds at `full`, declared beforehand.
     least = min(LEAST_SEEDS, plan.published_seeds) if plan.decides else LEAST_SEEDS
     label = {
@@ -529,10 +439,9 @@ def judge(rows: list[Row]) -> list[Verdict]:
 
     delta = claims()["which-factor"].thresholds["delta"]
     levels = {
-        key: Part(values, "superiority", delta, level=key)
-        for key, values in _factors(fair, plan).items()
+        key: Part(values, "superiority", delta, level=key) for key, values in factors(fair).items()
     }
-    found = _shares(fair, plan)
+    found = shares_by_seed(fair)
     parts = [
         f"{factor} {sum(each[k] for each in found) / len(found):.2f}"
         for k, factor in enumerate(FACTORS)
@@ -546,7 +455,7 @@ def judge(rows: list[Row]) -> list[Verdict]:
             joint(levels, LEAST_SEEDS),
             {},
             delta=delta,
-            pilot=_factors(pilot, plan),
+            pilot=factors(pilot),
             planned=min(planned.values()) if planned else None,
             notes=[*notes, f"Shares of the variance of the gain: {', '.join(parts) or 'none'}."],
         )
@@ -577,7 +486,7 @@ def figures(rows: list[Row]) -> list[dict[str, Any]]:
     if not rows:
         return []
     plan, runs = PLANS[str(rows[0]["budget"])], collect(rows, _ARM)
-    fair = _gains("fair", runs, _best(_tunings(runs, plan)), plan)
+    fair = gains_of("fair", runs, _best(_tunings(runs, plan)), plan.places)
     where = PLACES.get(str(rows[0]["data"]), str(rows[0]["data"]))
     panels: list[dict[str, Any]] = []
     for optimizer in OPTIMIZERS:
