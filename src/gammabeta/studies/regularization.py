@@ -1,0 +1,465 @@
+"""Does batch normalization make dropout unnecessary, is its regularization small, and is it noise?
+
+Five texts say how batch normalization (BN) regularizes. A lecture (Kainz): with BN no dropout is
+needed (no-dropout). An article (Viceroy): BN together with dropout is a powerful regularization
+(bn-plus-dropout), and BN's own part in it is very small (reg-small). The first two contradict each
+other: one contrast decides both.
+
+Network: pixels-200-200-10, ReLU, BN before each activation in one kind of arms, no bias where it
+follows, bias 0.1 elsewhere, weights from a truncated normal distribution with standard deviation
+sqrt(2 / fan-in). SGD without momentum, mean cross-entropy, PyTorch's defaults for the layer,
+evaluation by running statistics. Arms that are compared have the same start, batches and images,
+seed by seed.
+
+Dropout (group "dropout")
+    2,000 training images drawn for each seed from the first 55,000, batches of 128, 800 steps (51
+    epochs). With and without BN, each with: no dropout; dropout of 0.1, 0.2, 0.5 after the last
+    hidden activation, behind the last BN; of 0.2 and 0.5 after both hidden activations. Each of
+    these twelve trains at its own best learning rate: highest accuracy on the last 5,000 training
+    images, mean of seeds 800 and 801, from 0.1, 0.3, 1, 3; a best value at an edge extends the grid
+    for all. The dropout of each kind ("best dropout") is the one, of the five, with the highest
+    such accuracy at its best rate; it is compared with no dropout on fresh seeds and test images.
+
+Primary contrast of no-dropout and bn-plus-dropout: test accuracy (mean at 96, 98 and 100 % of the
+    steps), with BN, best dropout minus none, in points, delta = 0.3. Superiority supports
+    bn-plus-dropout. Equivalence supports no-dropout, and a difference of delta or more in favor of
+    dropout refutes it; one in favor of none supports it. At least 8 seeds.
+Positive control of no-dropout: that dropout is not needed is said of BN only where dropout is
+    needed without: the same contrast without BN, superiority, delta. Where that fails, no-dropout
+    is not supported but inconclusive (nothing to explain here).
+Primary contrast of reg-small: gap between training and test accuracy at the end. Effect of dropout
+    0.5 after both activations, without BN, minus twice the effect of BN without dropout, both
+    against neither, lies above 0. Positive control: that effect of dropout, superiority, delta.
+
+What its author would call fair. Kainz: BN wins if the best of five dropouts, chosen with labels
+    that BN without dropout never needed, adds less than 0.3 points. Viceroy: the dropout was chosen
+    for this network, at a rate chosen for it, where it cannot harm a BN behind it. What would
+    embarrass us: a best dropout or rate at the end of all that was tried, or a dropout that does
+    not help without BN.
+
+Seeds 900 to 903 are a pilot: they give the number of seeds (at most 16; predicted half-width of
+the 95 % interval delta / 2), and are used for nothing else.
+
+Changed against the registry: 200-200 units (its section on budgets) and batches of 128, so that
+800 steps fit; dropout behind both activations and its placement chosen like its size; the
+one-sided reading of "not needed" above; a control for no-dropout. The sources have no setting that
+could be run again here: one verdict. `full` trains 2,000 steps; `tiny` tries the wiring and decides
+nothing. The bundled digits (1,000 training images) are a demonstration.
+
+Rows: arm fields part, group, arm, rate, and optionally width (a factor on the hidden units);
+`step`, `accuracy`, `train_accuracy`, `diverged`.
+"""
+
+import dataclasses
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from gammabeta._runs import Row, Scalar
+from gammabeta.studies._answer import PLACES, Setting, Words, span
+from gammabeta.studies._claims import claims
+from gammabeta.studies._data import Images
+from gammabeta.studies._experiments import Cell
+from gammabeta.studies._nets import MLP
+from gammabeta.studies._pairs import Runs, collect, curve, curves
+from gammabeta.studies._train import accuracy, fair_split, log_steps, pixels, stream, train
+from gammabeta.studies._tuned import (
+    EQUIVALENCE_SEEDS,
+    KEYS,
+    LEAST_SEEDS,
+    MOST_SEEDS,
+    TUNING_SEEDS,
+    Best,
+    Trained,
+    chosen,
+    complete,
+    diverged_note,
+    fair_verdict,
+    minus,
+    search,
+    shown,
+    trials,
+    tuning_figure,
+    tuning_notes,
+    wishes,
+)
+from gammabeta.studies._verdict import (
+    Outcome,
+    Verdict,
+    controlled,
+    equivalence,
+    interval,
+    lies_above,
+    planned_n,
+    superiority,
+)
+
+CLAIMS = ("no-dropout", "bn-plus-dropout", "reg-small")
+
+# name of a dropout -> share that is dropped, and whether behind the first activation too
+DOSES = {
+    "no dropout": (0.0, False),
+    "0.1 last": (0.1, False),
+    "0.2 last": (0.2, False),
+    "0.5 last": (0.5, False),
+    "0.2 both": (0.2, True),
+    "0.5 both": (0.5, True),
+}
+NORMS = ("bn", "none")
+NONE, HALF = "no dropout", "0.5 both"
+DROPOUT = tuple(f"{norm}, {dose}" for norm in NORMS for dose in DOSES)
+GROUPS = {"dropout": DROPOUT}
+_CONTRAST = "best dropout − none, with BN"
+_CONTROL = "best dropout − none, without BN"
+_SMALL = "dropout's effect − 2 × BN's"
+
+
+class Plan(NamedTuple):
+    """What a budget stands for."""
+
+    size: int  # training images
+    steps: int
+    batch: int
+    seeds: int
+    rates: tuple[float, ...]
+    images: int  # evaluated at most
+    decides: bool  # False: fixed grid, no pilot, no verdict
+
+
+RATES = (0.1, 0.3, 1.0, 3.0)
+PLANS = {
+    "tiny": Plan(300, 10, 100, 1, (0.3,), 500, False),
+    "small": Plan(2000, 800, 128, EQUIVALENCE_SEEDS, RATES, 10000, True),
+    "full": Plan(2000, 2000, 128, EQUIVALENCE_SEEDS, RATES, 10000, True),
+}
+
+
+# -- what is to be run --------------------------------------------------------------------------
+
+
+def cells(budget: str, data: str, seeds: int | None, rows: list[Row]) -> list[Cell]:
+    """Tuning until the grid is settled; then the main runs; pilot; more seeds."""
+    plan = PLANS[budget]
+    runs = _runs_of([r for r in rows if (r["budget"], r["data"]) == (budget, data)])
+    tunings = search(runs, GROUPS, plan.rates, grow=plan.decides)
+    best = chosen(tunings)
+    wanted = wishes(
+        GROUPS,
+        tunings,
+        _main(runs, best) if len(best) == len(GROUPS) else None,
+        least=plan.seeds,
+        seeds=seeds,
+        pilot=plan.decides,
+        planned=_planned(runs, rows, best),
+    )
+    return [_cell(plan, *wish) for wish in wanted]
+
+
+def expected(budget: str, data: str, seeds: int | None) -> list[Cell]:
+    """About what a whole run asks for: no grid grows, half as many seeds more than the least."""
+    plan = PLANS[budget]
+    guess = [Trained("dropout", f"{n}, {d}", plan.rates[0]) for n in NORMS for d in (NONE, HALF)]
+    wanted = wishes(
+        GROUPS,
+        search({}, GROUPS, plan.rates, grow=False),
+        guess,
+        least=plan.seeds,
+        seeds=seeds,
+        pilot=plan.decides,
+        planned=plan.seeds * 3 // 2,
+    )
+    return [_cell(plan, *wish) for wish in wanted]
+
+
+def _cell(plan: Plan, wave: int, seed: int, part: str, what: Trained) -> Cell:
+    arm: Mapping[str, Scalar] = {"part": part, **what._asdict()}
+    # In seconds, about: a step, and three looks at the training and the evaluation images.
+    step = 1.6e-3 + (0.2e-3 if what.arm.startswith("bn") else 0.0)
+    seen = min(plan.images, 5000 if part == "tuning" else 10000) + plan.size
+    return Cell("regularization", arm, seed, round(plan.steps * step + 2e-5 * seen, 3), wave)
+
+
+def _runs_of(rows: Sequence[Row]) -> Runs:
+    return collect(rows, KEYS)
+
+
+def _main(runs: Runs, best: Best) -> list[Trained]:
+    """With and without BN: no dropout and the best; dropout of 0.5 without BN."""
+    doses = _doses(runs, best)
+    arms = [f"{norm}, {dose}" for norm in NORMS for dose in (NONE, doses[norm])]
+    both = dict.fromkeys([*arms, f"none, {HALF}"])
+    return [Trained("dropout", arm, best["dropout"][arm]) for arm in both]
+
+
+def _doses(runs: Runs, best: Best) -> dict[str, str]:
+    """The best dropout with and without BN, chosen on validation; of equals the first."""
+    tried = trials(runs, "dropout")
+
+    def score(arm: str) -> float:
+        by_seed = tried[arm, best["dropout"][arm]]
+        return math.fsum(by_seed[seed].final for seed in TUNING_SEEDS)
+
+    return {
+        norm: max((d for d in DOSES if d != NONE), key=lambda dose: score(f"{norm}, {dose}"))
+        for norm in NORMS
+    }
+
+
+def _gain(runs: Runs, part: str, best: Best, norm: str) -> dict[int, float]:
+    """Test accuracy, best dropout minus none, by seed."""
+    if "dropout" not in best:
+        return {}
+    arms = [f"{norm}, {dose}" for dose in (_doses(runs, best)[norm], NONE)]
+    first, second = (Trained("dropout", arm, best["dropout"][arm]) for arm in arms)
+    return minus(runs, part, first, second)
+
+
+def _effects(rows: Sequence[Row], part: str, best: Best) -> dict[str, dict[int, float]]:
+    """By how much BN, and by how much dropout of 0.5, makes the gap smaller, by seed."""
+    if "dropout" not in best:
+        return {"BN": {}, "dropout": {}}
+    # The gap takes the place of the accuracy, so that the same code pairs the seeds.
+    gaps = _runs_of(
+        [
+            {**row, "accuracy": seen - held}
+            for row in rows
+            if isinstance(seen := row.get("train_accuracy"), float)
+            and isinstance(held := row["accuracy"], float)
+        ]
+    )
+    arm = {name: Trained("dropout", name, best["dropout"][name]) for name in DROPOUT}
+    neither = arm[f"none, {NONE}"]
+    return {
+        "BN": minus(gaps, part, neither, arm[f"bn, {NONE}"]),
+        "dropout": minus(gaps, part, neither, arm[f"none, {HALF}"]),
+    }
+
+
+def _small(effects: Mapping[str, Mapping[int, float]]) -> dict[int, float]:
+    bn, dropout = effects["BN"], effects["dropout"]
+    return {s: dropout[s] - 2 * bn[s] for s in sorted(bn.keys() & dropout.keys())}
+
+
+def _planned(runs: Runs, rows: Sequence[Row], best: Best) -> int | None:
+    """Seeds that the pilot asks for, None before it is complete."""
+    pilot = {
+        "no-dropout": _gain(runs, "pilot", best, "bn"),
+        "reg-small": _small(_effects(rows, "pilot", best)),
+    }
+    if not complete(pilot):
+        return None
+    return max(
+        planned_n(values.values(), claims()[claim].thresholds["delta"], LEAST_SEEDS, MOST_SEEDS)
+        for claim, values in pilot.items()
+    )
+
+
+# -- one cell -----------------------------------------------------------------------------------
+
+
+class Dropout(nn.Module):
+    """In training a share p of the numbers is 0 and the others are divided by 1 - p.
+
+    PyTorch's would draw from the global random state; this one draws what the seed says.
+    """
+
+    def __init__(self, p: float, generator: torch.Generator) -> None:
+        super().__init__()
+        self.p, self.generator = p, generator
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not self.training:
+            return x
+        kept = torch.empty_like(x).bernoulli_(1 - self.p, generator=self.generator)
+        return x * kept / (1 - self.p)
+
+
+def dropout_net(pixels: int, arm: str, seed: int, width: float = 1.0) -> MLP:
+    """The network of an arm of group "dropout"."""
+    norm, dose = arm.split(", ")
+    p, both = DOSES[dose]
+    units = round(200 * width)
+    net = MLP((pixels, units, units, 10), "relu", norm == "bn", stream(seed, "weights"))
+    if p:
+        behind = [k for k, layer in enumerate(net.layers) if isinstance(layer, nn.ReLU)]
+        generator = stream(seed, "dropout")
+        # From the last to the first: what is put in moves what follows.
+        for k in reversed(behind if both else behind[-1:]):
+            net.layers.insert(k + 1, Dropout(p, generator))
+    return net
+
+
+def measure(arm: Mapping[str, Scalar], seed: int, budget: str, data: Images) -> Iterator[Row]:
+    """Train one network and evaluate it three times."""
+    part, rate, plan = str(arm["part"]), float(arm["rate"] or 0.0), PLANS[budget]
+    width = float(arm.get("width") or 1.0)
+    evaluation = "validation" if part == "tuning" else "test"
+    train_x, train_y, held_x, held_y = fair_split(data, seed, evaluation, plan.size)
+    seen, held = (pixels(x, data.pixel_max) for x in (train_x, held_x[: plan.images]))
+    net = dropout_net(seen.shape[1], str(arm["arm"]), seed, width)
+    training = train(
+        net,
+        train_x,
+        train_y,
+        pixel_max=data.pixel_max,
+        rate=rate,
+        steps=plan.steps,
+        order=stream(seed, "order"),
+        stops=log_steps(plan.steps, 3)[-3:],
+        batch=plan.batch,
+    )
+    for step, loss in training:
+        yield {
+            "step": step,
+            "accuracy": accuracy(net, held, held_y[: plan.images]),
+            "train_accuracy": accuracy(net, seen, train_y),
+            "diverged": not math.isfinite(loss),
+        }
+
+
+# -- what it means ------------------------------------------------------------------------------
+
+
+def judge(rows: list[Row]) -> list[Verdict]:
+    """All claims; what is missing makes them inconclusive."""
+    if not rows:
+        return []
+    budget, data = str(rows[0]["budget"]), str(rows[0]["data"])
+    plan, runs = PLANS[budget], _runs_of(rows)
+    tunings = search(runs, GROUPS, plan.rates, grow=plan.decides)
+    best, of = chosen(tunings), {c: claims()[c].thresholds["delta"] for c in CLAIMS}
+    planned = _planned(runs, rows, best)
+    notes = tuning_notes(tunings, budget, decides=plan.decides) + diverged_note(runs)
+    setting = Setting(
+        "regularization",
+        budget,
+        data,
+        f"MLP 200-200 on {plan.size:,} images",
+        "each network at its best learning rate",
+        "points of accuracy",
+        plan.decides,
+    )
+    gain, without = (_gain(runs, "fair", best, norm) for norm in NORMS)
+    helped = superiority(without.values(), of["no-dropout"], LEAST_SEEDS)
+    own = list(notes)
+    if "dropout" in best:
+        doses = _doses(runs, best)
+        own.append(f"Best dropout: {doses['bn']} with BN, {doses['none']} without.")
+        bn, none = (
+            Trained("dropout", a, best["dropout"][a]) for a in (f"bn, {NONE}", f"none, {NONE}")
+        )
+        alone = minus(runs, "fair", bn, none)
+        if len(alone) > 1:
+            own.append(f"BN − none, both without dropout: {span(interval(alone.values()))}.")
+    if helped.interval:
+        own.append(f"Positive control, {_CONTROL}: {span(helped.interval)}, {helped.status}.")
+    pilot = {_CONTRAST: list(_gain(runs, "pilot", best, "bn").values())}
+    found = []
+    for claim in ("no-dropout", "bn-plus-dropout"):
+        if claim == "no-dropout":
+            one = _unneeded(list(gain.values()), of[claim], helped)
+        else:
+            one = superiority(gain.values(), of[claim], EQUIVALENCE_SEEDS)
+        verdict = fair_verdict(
+            claim, setting, WORDS[claim], _alone(_CONTRAST, one), pilot=pilot, planned=planned,
+            notes=own,
+        )  # fmt: skip
+        more = shown(_CONTROL, list(without.values()), "control")
+        found.append(dataclasses.replace(verdict, cells=[*verdict.cells, *_as(verdict, more)]))
+
+    effects = _effects(rows, "fair", best)
+    for name, by_seed in effects.items():
+        if len(by_seed) > 1:
+            notes.append(f"Gap made smaller by {name}: {span(interval(by_seed.values()))} points.")
+    works = superiority(effects["dropout"].values(), of["reg-small"], LEAST_SEEDS)
+    small = controlled(lies_above(_small(effects).values(), 0.0, LEAST_SEEDS), works)
+    found.append(
+        fair_verdict(
+            "reg-small",
+            setting,
+            WORDS["reg-small"],
+            _alone(_SMALL, small),
+            pilot={_SMALL: list(_small(_effects(rows, "pilot", best)).values())},
+            planned=planned,
+            notes=notes,
+        )
+    )
+    return found
+
+
+def _unneeded(gain: Sequence[float], delta: float, helped: Outcome) -> Outcome:
+    """no-dropout: equivalence, one-sided where dropout harms, and only where it helps without."""
+    found = equivalence(gain, delta, EQUIVALENCE_SEEDS)
+    if found.status == "refuted" and found.interval is not None and found.interval.mean < 0:
+        p = lies_above([-v for v in gain], -delta).p
+        found = dataclasses.replace(found, status="supported", reason="dropout harms", p=p)
+    return controlled(found, helped) if found.status == "supported" else found
+
+
+def _alone(name: str, found: Outcome) -> Outcome:
+    """An outcome of one cell, with that cell."""
+    weakest = name if found.interval else None
+    return dataclasses.replace(found, cells={name: found}, weakest=weakest)
+
+
+def _as(verdict: Verdict, more: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The same cells, as a demonstration where the verdict is one."""
+    return [{**c, "status": "demo", "reason": ""} if verdict.status == "demo" else c for c in more]
+
+
+WORDS = {
+    "no-dropout": Words(
+        "with batch normalization the best dropout adds less than {delta} points: {weakest}",
+        "with batch normalization the best dropout still adds accuracy: {refuted}",
+        "with batch normalization the best dropout adds {weakest}",
+    ),
+    "bn-plus-dropout": Words(
+        "dropout adds accuracy to batch normalization: {weakest}",
+        "the best dropout does not add {delta} points to batch normalization: {refuted}",
+        "with batch normalization the best dropout adds {weakest}",
+    ),
+    "reg-small": Words(
+        "batch normalization makes the gap between training and test accuracy smaller by less "
+        "than half of what dropout of 0.5 does: {weakest}",
+        "batch normalization makes the gap between training and test accuracy smaller by half of "
+        "what dropout of 0.5 does, or more: {refuted}",
+        "the effects on the gap between training and test accuracy differ so: {weakest}",
+    ),
+}
+
+
+def figures(rows: list[Row]) -> list[dict[str, Any]]:
+    """Test accuracy at the end of training, and how rates and dropouts were chosen."""
+    if not rows:
+        return []
+    plan, runs = PLANS[str(rows[0]["budget"])], _runs_of(rows)
+    where = PLACES.get(str(rows[0]["data"]), str(rows[0]["data"]))
+    best = chosen(search(runs, GROUPS, plan.rates, grow=plan.decides))
+    panels = []
+    for norm, title in (("bn", "with batch normalization"), ("none", "without")):
+        if "dropout" not in best:
+            continue
+        series = []
+        for dose, style in ((_doses(runs, best)[norm], "bn"), (NONE, "none")):
+            arm = f"{norm}, {dose}"
+            ended = runs.get(("fair", "dropout", arm, best["dropout"][arm]), {})
+            if ended:
+                series.append({**curve(ended, style), "name": dose})
+        if series:
+            panels.append({"title": title, "series": series})
+    drawn = curves(
+        "regularization",
+        "dropout",
+        f"Test accuracy on {where} with the best dropout and with none",
+        f"{plan.size:,} training images, each network at its best learning rate. Mean over seeds; "
+        "the band is its 95 % interval.",
+        "training step",
+        panels,
+    )
+    tuned = tuning_figure(
+        "regularization", "tuning", rows, runs, GROUPS, "with and without dropout"
+    )
+    return [*([drawn] if panels else []), *tuned]
