@@ -128,7 +128,7 @@ class Plan(NamedTuple):
 
 
 PLANS = {
-    "tiny": Plan(10, 20, 10, 20, 512, 4, 2, 2, (CODE_RATE,), (0.1, 1.0), True, 1000, False),
+    "tiny": Plan(10, 20, 10, 20, 512, 4, 1, 1, (CODE_RATE,), (0.1, 1.0), True, 1000, False),
     "small": Plan(400, 2000, 300, 1500, 8000, 8, 5, 5, (CODE_RATE,), RATES, True, 10000, True),
     "full": Plan(
         *(1000, 6000, 2000, 40000, 110000, 40, 5, 3),

@@ -99,7 +99,7 @@ class Plan(NamedTuple):
 
 
 PLANS = {
-    "tiny": Plan(20, 2, (0.1, 1.0), 2, False),
+    "tiny": Plan(20, 1, (0.1, 1.0), 2, False),
     "small": Plan(500, 8, RATES, SUBSAMPLES, True),
     "full": Plan(1000, 8, RATES, SUBSAMPLES, True),
 }

@@ -117,7 +117,7 @@ class Plan(NamedTuple):
 
 
 PLANS = {
-    "tiny": Plan({"sgd": 30, "adam": 30}, 30, 30, 4, 2, 2, 2, (0.1, 1.0), 1000, False),
+    "tiny": Plan({"sgd": 30, "adam": 30}, 30, 30, 4, 1, 1, 1, (0.1, 1.0), 1000, False),
     "small": Plan({"sgd": 10000, "adam": 5200}, 4000, 1000, 10, 5, 5, 3, RATES, 10000, True),
     "full": Plan({"sgd": 40000, "adam": 40000}, 40000, 1000, 40, 5, 3, 3, RATES, 10000, True),
 }

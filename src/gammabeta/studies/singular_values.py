@@ -70,7 +70,7 @@ PUBLISHED = {"bn": (1.85, 1.33, 0.55, 0.2), "none": (1.43, 1.23, 0.0, 0.0)}
 def cells(budget: str, data: str, seeds: int | None, rows: list[Row]) -> list[Cell]:
     """The pilot; then as many seeds as it asks for."""
     if seeds is not None or budget == "tiny":
-        return _of_seeds(budget, range(seeds or 2), False, 1)
+        return _of_seeds(budget, range(seeds or 1), False, 1)
     own = [r for r in rows if (r["budget"], r["data"]) == (budget, data)]
     pilot = _of_seeds(budget, PILOT_SEEDS, True, 0)
     return pilot + _of_seeds(budget, range(_planned(own) or 0), False, 1)
