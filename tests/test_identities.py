@@ -310,6 +310,12 @@ def test_the_digest_covers_the_folder_of_an_experiment(tmp_path):
     with_part = _experiments.code_digest(one)
     part.write_text("y = 2\n")
     assert len({alone, with_part, _experiments.code_digest(one)}) == 3
+    # an experiment that measures with instruments is bound to them, and to nothing else here
+    part.write_text("from gammabeta.probes import jacobian\n")
+    bound = _experiments.code_digest(one)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(_experiments, "_INSTRUMENTS", ())
+        assert _experiments.code_digest(one) != bound
     folder = Path(identities.__file__).parent / "_identities"
     assert {p.stem for p in folder.glob("[!_]*.py")} == {
         "forward",

@@ -34,6 +34,8 @@ BUDGETS = ("tiny", "small", "full")
 _PACKAGE = Path(__file__).resolve().parents[1]
 # What decides the numbers of every cell. Not the rules: a new rule leaves the rows as they are.
 _SOURCES = ("moments.py", "ops", "layers", *(f"studies/_{n}.py" for n in ("nets", "train", "data")))
+# Those of an experiment that measures with instruments.
+_INSTRUMENTS = ("probes", "_sites.py", "_guard.py")
 _RULES = ("judge", "figures")
 
 
@@ -172,13 +174,17 @@ def code_digest(experiment: Path) -> str:
 
     The same on every machine: neither folders nor line ends enter. The experiment's top-level
     functions `judge` and `figures` are left out, so that rows outlive a change of rule. A folder
-    named after the experiment (`_name/` beside `name.py`) is part of it.
+    named after the experiment (`_name/` beside `name.py`) is part of it, and so are the instruments
+    if it imports any.
     """
     digest = _shared_digest().copy()
     own = experiment.with_name(f"_{experiment.stem}")
-    for file in sorted(own.rglob("*.py")):
+    files = sorted(own.rglob("*.py"))
+    for file in files:
         digest.update(f"{file.relative_to(own).as_posix()}\0{_text(file)}\0".encode())
     text = _text(experiment)
+    if any("from gammabeta.probes" in each for each in (text, *map(_text, files))):
+        _update(digest, _INSTRUMENTS)
     lines = text.split("\n")
     for node in reversed(ast.parse(text, str(experiment)).body):
         if isinstance(node, ast.FunctionDef) and node.name in _RULES and node.end_lineno:
@@ -191,13 +197,17 @@ def code_digest(experiment: Path) -> str:
 @functools.cache
 def _shared_digest() -> "hashlib._Hash":
     digest = hashlib.sha256()
-    for name in _SOURCES:
+    _update(digest, _SOURCES)
+    return digest
+
+
+def _update(digest: "hashlib._Hash", names: Iterable[str]) -> None:
+    for name in names:
         path = _PACKAGE / name
         for file in sorted(path.rglob("*.py")) if path.is_dir() else [path]:
             # An absent file counts as an empty one: a smaller build has other digests, no crash.
             text = _text(file) if file.is_file() else ""
             digest.update(f"{file.relative_to(_PACKAGE).as_posix()}\0{text}\0".encode())
-    return digest
 
 
 def _text(path: Path) -> str:

@@ -51,7 +51,7 @@ def fit(
     steps: int,
     rate: float = 0.01,
 ) -> None:
-    """Adam on the squared error, a fresh batch each step; the rate falls over the last half to 0."""
+    """Adam on the squared error, fresh batches; over the last half the rate falls to 0."""
     optimizer = torch.optim.Adam(parameters, lr=rate, fused=True)
     for step in range(steps):
         for group in optimizer.param_groups:
