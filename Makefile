@@ -11,7 +11,7 @@ study: .venv/study.stamp          ## the main job: headline claims, decided in u
 	@$(BIN)/gammabeta study run act-all jacobian-one vanishing-depth --out runs/headline
 
 study-all: .venv/study.stamp      ## every experiment at budget small
-	@$(BIN)/gammabeta study run --out runs/all
+	@$(BIN)/gammabeta study run all --out runs/all
 
 test: .venv/dev.stamp             ## all tests
 	@$(BIN)/python -m pytest -q -n 2 --dist loadfile
