@@ -200,3 +200,25 @@ def test_the_registry_agrees_and_what_it_derives_can_be_stored(tmp_path):
     assert [figure["id"] for figure in drawn] == ["jacobians-training"]
     _judge.write_derived(run, Judged(verdicts, drawn, [], None, {"jacobians": "text"}))
     assert jacobians.judge([]) == jacobians.figures([]) == []
+
+
+@pytest.mark.parametrize(("activation", "layer"), jacobians.ANIMATED.items())
+def test_quantiles_over_training_are_kept_for_the_animation(activation, layer):
+    """Both arms at the same steps, from the smallest singular value to the largest."""
+    arm = {"part": "fair", "activation": activation, "rate_bn": 0.1, "rate_none": 0.3}
+    rows = [r for r in jacobians.measure(arm, 0, "tiny", DIGITS) if r["kind"] == "spectrum"]
+    by = {}
+    for row in rows:
+        assert row["layer"] == layer
+        by.setdefault((row["norm"], row["step"]), []).append((row["x"], row["y"]))
+    steps = {norm: [step for n, step in by if n == norm] for norm in ("bn", "none")}
+    assert steps["bn"] == steps["none"] == [0, *range(1, 11)]
+    for points in by.values():
+        assert [x for x, _ in points] == [100 - 5 * k for k in range(21)]
+        values = [y for _, y in points]
+        assert values == sorted(values, reverse=True)
+    # other seeds and parts have none
+    assert not any(
+        row["kind"] == "spectrum"
+        for row in jacobians.measure(arm, jacobians.FRAME_SEEDS, "tiny", DIGITS)
+    )

@@ -35,6 +35,10 @@ Singular values of (d) of a layer are estimated by Lanczos (32 steps from 2 vect
 6,400 rows; beside exact ones, on batches of 20, the share was off by 0.03 at most), the others
 computed exactly of 8 samples.
 
+For `gammabeta report --format gif`, with the first three seeds of the fair part, rows of kind
+"spectrum": 21 quantiles of the singular values of (d), of layer 1 with ReLU and layer 2 with
+sigmoid, at the start and 20 log-spaced steps; they enter no verdict.
+
 Budgets: `small` trains 500 steps, `full` 1,000; `tiny` ten steps, with two rates and a batch of 8:
 it decides nothing. Changed against the registry: 500 steps at `small` and 6 moments instead of 20,
 so that all fits three minutes. On the bundled digits it is a demonstration.
@@ -67,6 +71,9 @@ ARMS = {"bn": "with BN", "none": "without"}
 TUNING_SEEDS = (800, 801)
 PUBLISHED_RATES = (0.01, 0.0001)
 PUBLISHED_IMAGES = 55000
+# The study's two animations, again: activation -> layer; how many steps, quantiles and seeds.
+ANIMATED = {"relu": 1, "sigmoid": 2}
+FRAMES, QUANTILES, FRAME_SEEDS = 20, 21, 3
 _DEFINITIONS = {"sum": "(a)", "own": "(b)", "eval": "(c)", "batch": "(d)"}
 
 
@@ -144,7 +151,9 @@ def _pair(
 
 def _cell(budget: str, wave: int, seed: int, arm: Mapping[str, Scalar]) -> Cell:
     trained = PLANS[budget].steps / 1000
-    more = 4.7 if arm["part"] == "fair" and seed < LEAST_SEEDS else 1.3
+    fair = arm["part"] == "fair"
+    more = 4.7 if fair and seed < LEAST_SEEDS else 1.3
+    more += 3.0 if fair and seed < FRAME_SEEDS else 0.0
     costs = {"tuning": trained * 1.1, "published": 2 * trained + 1.0}
     cost = costs.get(str(arm["part"]), 2 * trained + more)
     return Cell("jacobians", arm, seed, round(cost, 3), wave)
@@ -226,12 +235,15 @@ def _measured(arm: Mapping[str, Scalar], seed: int, plan: Plan, data: Images) ->
     eps, momentum = (1e-3, 0.001) if published else (1e-5, 0.1)
     every = moments(plan.steps)
     detailed = part == "fair" and seed < LEAST_SEEDS
+    frames = log_steps(plan.steps, FRAMES, 1) if part == "fair" and seed < FRAME_SEEDS else []
     found: dict[tuple[str, str, str], list[float]] = {}  # arm, place, quantity: by step
     for norm, label in ARMS.items():
         sizes = batch[0].shape[1]
         weights = stream(seed, "weights")
         net = m2(sizes, activation, norm == "bn", weights, eps=eps, momentum=momentum)
         records = [(0, _spectra(net, batch, plan.limit, _definitions(part, detailed, 0, every)))]
+        if frames:
+            yield from _frame(net, batch, plan.limit, ANIMATED[activation], norm, 0)
         for step, _ in train(
             net,
             train_x,
@@ -240,10 +252,14 @@ def _measured(arm: Mapping[str, Scalar], seed: int, plan: Plan, data: Images) ->
             rate=float(arm[f"rate_{norm}"] or 0.0),
             steps=plan.steps,
             order=stream(seed, "order"),
-            stops=every,
+            stops={*every, *frames},
             loss="sum" if published else "mean",
             batch=min(64, len(train_x)),
         ):
+            if step in frames:
+                yield from _frame(net, batch, plan.limit, ANIMATED[activation], norm, step)
+            if step not in every:
+                continue
             definitions = _definitions(part, detailed, step, every)
             records.append((step, _spectra(net, batch, plan.limit, definitions)))
         for step, record in records:
@@ -310,6 +326,26 @@ def _spectra(
                 if math.isfinite(number):
                     result[place, f"{letter}: {text}"] = number
     return result
+
+
+def _frame(
+    net: MLP, batch: tuple[torch.Tensor, torch.Tensor], limit: int, layer: int, norm: str, step: int
+) -> Iterator[Row]:
+    """Quantiles of one layer's singular values, (d): x percent of them are at most y."""
+    linear = [n for n, module in net.named_modules() if isinstance(module, nn.Linear)]
+    name = linear[layer - 1]
+    found = jacobian.measure(
+        *(Step(net, nn.CrossEntropyLoss(), batch), {}),
+        definitions=("batch",), layers=(name,), limit=limit, steps=32, points=QUANTILES,
+    )  # fmt: skip
+    values = found.get(f"{name}/batch_singular_values")
+    # A network that has diverged has none.
+    if values is None or not values.isfinite().all():
+        return
+    head: Row = {"kind": "spectrum", "layer": layer, "norm": norm, "step": step}
+    for k, value in enumerate(values.tolist()):
+        x = 100 * (1 - k / (len(values) - 1))
+        yield {**head, "x": round(x, 3), "y": float(f"{value:.4g}")}
 
 
 def _deep(
