@@ -69,6 +69,40 @@ def test_a_run_without_dropout_is_plain_training(norm, monkeypatch):
     assert last["train_accuracy"] == (net(seen).argmax(1) == y).double().mean().item()
 
 
+@pytest.mark.parametrize("norm", regularization.NOISE)
+def test_the_noise_arms_differ_in_their_statistics_alone(norm):
+    plan = regularization.PLANS["tiny"]
+    x, y, _, _ = fair_split(DIGITS, 2, "test", plan.noise_size)
+    x = pixels(x, 16)
+    net = MLP((64, 100, 100, 10), "relu", norm != "none", stream(2, "weights"))
+    order = batches(plan.noise_size, plan.noise_batch, stream(2, "order"))
+    update = torch.optim.SGD(net.parameters(), lr=0.3)
+    for index in itertools.islice(order, plan.noise_steps):
+        update.zero_grad()
+        h = x if norm == "full" else x[index]
+        for layer in net.layers:
+            if isinstance(layer, nn.BatchNorm1d):
+                # written out: the gradient passes through mean and variance
+                h = (h - h.mean(0)) / (h.var(0, unbiased=False) + 1e-5).sqrt()
+                h = h * layer.weight + layer.bias
+            else:
+                h = layer(h)
+        F.cross_entropy(h[index] if norm == "full" else h, y[index]).backward()
+        update.step()
+    wanted = F.cross_entropy(net.with_batch_statistics(x), y).item()
+    cell = {"part": "fair", "group": "noise", "arm": norm, "rate": 0.3}
+    *_, last = regularization.measure(cell, 2, "tiny", DIGITS)
+    assert last["train_loss"] == pytest.approx(wanted, rel=1e-3)
+    assert 0 <= last["accuracy"] <= 1
+
+
+def test_a_loss_that_is_none_counts_as_the_worst():
+    cell = {"part": "tuning", "group": "noise", "arm": "none", "rate": 1e6}
+    *_, last = regularization.measure(cell, 0, "tiny", DIGITS)
+    assert last["train_loss"] == regularization.WORST
+    assert "accuracy" not in last
+
+
 # -- made-up rows -----------------------------------------------------------------------------
 
 BEST = {"bn": "0.2 last", "none": "0.5 both"}
@@ -78,6 +112,8 @@ def dropout(with_bn, without=2.0, *, bn_gap=1.0, half_gap=4.0, sd=0.1):
     """The best dropout adds with_bn points with BN and ``without`` without; effects on the gap."""
 
     def rows(cell, seed):
+        if cell["group"] == "noise":
+            return noisy(0.5, 0.5)(cell, seed)
         norm, dose = cell["arm"].split(", ")
         gain = {"bn": with_bn, "none": without}[norm] if dose == BEST[norm] else 0.0
         gain -= 0.0 if dose in ("no dropout", BEST[norm]) else 5.0
@@ -92,6 +128,46 @@ def dropout(with_bn, without=2.0, *, bn_gap=1.0, half_gap=4.0, sd=0.1):
         ]
 
     return rows
+
+
+def noisy(bn, full, sd=0.01):
+    """BN saves a share bn of the area of the training loss; without noise a share full."""
+
+    def rows(cell, seed):
+        if cell["group"] == "dropout":
+            return dropout(0.0)(cell, seed)
+        saved = {"none": 0.0, "bn": bn, "full": full}[cell["arm"]]
+        area = 0.5 * (1 - saved + noise(seed, cell["arm"], sd=sd)) + abs(cell["rate"] - 1.0)
+        more = {"diverged": False, "accuracy": 0.9 + saved / 100}
+        return [{"step": s, "train_loss": area, **more} for s in (10, 20, 30)]
+
+    return rows
+
+
+@pytest.mark.parametrize(
+    ("bn", "full", "status"),
+    [(0.5, 0.5, "refuted"), (0.5, 0.2, "supported"), (0.5, 0.0, "supported")],
+)
+def test_noise_is_the_reason_where_bn_keeps_little_without_it(bn, full, status):
+    found = verdicts(noisy(bn, full))["reg-by-noise"]
+    assert (found.status, found.published_status) == (status, None)
+    assert found.effect == pytest.approx(0.8 * bn - full, abs=0.03)
+    assert "Positive control" in " ".join(found.notes)
+    assert {cell["part"] for cell in found.cells} == {"fair", "shown"}
+
+
+def test_noise_explains_nothing_where_bn_saves_nothing():
+    found = verdicts(noisy(0.0, -0.4))["reg-by-noise"]
+    assert found.status == "inconclusive"
+    assert "nothing to explain here" in found.sentence
+    assert verdicts(noisy(0.5, 0.4, sd=0.15))["reg-by-noise"].status == "inconclusive"
+
+
+def test_another_share_gives_another_verdict():
+    rows, _ = simulate(regularization, noisy(0.5, 0.3))
+    assert judged(regularization, rows)["reg-by-noise"].status == "supported"
+    with overruled({"reg-by-noise": {"share": 0.5}}):
+        assert judged(regularization, rows)["reg-by-noise"].status == "refuted"
 
 
 def verdicts(answer, **options):

@@ -1,15 +1,15 @@
 """Does batch normalization make dropout unnecessary, is its regularization small, and is it noise?
 
-Five texts say how batch normalization (BN) regularizes. A lecture (Kainz): with BN no dropout is
-needed (no-dropout). An article (Viceroy): BN together with dropout is a powerful regularization
-(bn-plus-dropout), and BN's own part in it is very small (reg-small). The first two contradict each
-other: one contrast decides both.
+A lecture (Kainz): with batch normalization (BN) no dropout is needed (no-dropout), and what BN
+really does is to regularize by injecting noise (reg-by-noise). An article (Viceroy): BN together
+with dropout is a powerful regularization (bn-plus-dropout), and BN's own part in it is very small
+(reg-small). The first and the third contradict each other: one contrast decides both.
 
-Network: pixels-200-200-10, ReLU, BN before each activation in one kind of arms, no bias where it
-follows, bias 0.1 elsewhere, weights from a truncated normal distribution with standard deviation
-sqrt(2 / fan-in). SGD without momentum, mean cross-entropy, PyTorch's defaults for the layer,
-evaluation by running statistics. Arms that are compared have the same start, batches and images,
-seed by seed.
+Networks: pixels-200-200-10 for dropout, pixels-100-100-10 for noise; ReLU, BN before each
+activation in one kind of arms, no bias where it follows, bias 0.1 elsewhere, weights from a
+truncated normal distribution with standard deviation sqrt(2 / fan-in). SGD without momentum, mean
+cross-entropy, PyTorch's defaults for the layer, evaluation by running statistics. Arms that are
+compared have the same start, batches and images, seed by seed.
 
 Dropout (group "dropout")
     2,000 training images drawn for each seed from the first 55,000, batches of 128, 800 steps (51
@@ -31,32 +31,56 @@ Primary contrast of reg-small: gap between training and test accuracy at the end
     0.5 after both activations, without BN, minus twice the effect of BN without dropout, both
     against neither, lies above 0. Positive control: that effect of dropout, superiority, delta.
 
+Noise (group "noise")
+    1,000 training images, batches of 64, 400 steps (27 epochs). Three arms: "none"; "bn"; and
+    "full", BN without noise: all training images pass through the network at every step, so that
+    its statistics are those of all of them, and the loss is that of the same 64 as in the other
+    arms. The gradient passes through the statistics, as in BN. Measured every 10 steps: the loss on
+    all training images, normalized by their own statistics where there is BN, which are no noise
+    either (a loss above 10, or none, counts as 10). Area: its mean over these points. Each arm
+    trains at the rate with the smallest area, mean of seeds 800 and 801, from 0.1, 0.3, 1, grown
+    as above.
+Primary contrast of reg-by-noise: with g = 1 - area / (area of "none"), the share of the area that
+    an arm saves, 0.8 g(bn) - g(full) lies above 0 (supported: without noise BN keeps less than
+    80 % of what it does for training; refuted: it keeps more). Positive control: g(bn),
+    superiority, delta = 0.1. 5 to 16 seeds; predicted half-width delta / 2.
+Shown: test accuracy at the end, bn - none and full - none, at these rates. The verdict is about
+    training; noise may still be what makes BN generalize.
+
 What its author would call fair. Kainz: BN wins if the best of five dropouts, chosen with labels
     that BN without dropout never needed, adds less than 0.3 points. Viceroy: the dropout was chosen
     for this network, at a rate chosen for it, where it cannot harm a BN behind it. What would
     embarrass us: a best dropout or rate at the end of all that was tried, or a dropout that does
-    not help without BN.
+    not help without BN. Of reg-by-noise: nothing but the noise is taken away, every arm has its
+    rate, and what is compared is the speed for which BN is used; its author may say that
+    regularization was never meant to speed up training, hence the test accuracy beside. It would
+    embarrass us if "full" gained only by seeing more images in each step.
 
 Seeds 900 to 903 are a pilot: they give the number of seeds (at most 16; predicted half-width of
 the 95 % interval delta / 2), and are used for nothing else.
 
 Changed against the registry: 200-200 units (its section on budgets) and batches of 128, so that
 800 steps fit; dropout behind both activations and its placement chosen like its size; the
-one-sided reading of "not needed" above; a control for no-dropout. The sources have no setting that
-could be run again here: one verdict. `full` trains 2,000 steps; `tiny` tries the wiring and decides
-nothing. The bundled digits (1,000 training images) are a demonstration.
+one-sided reading of "not needed" above; a control for no-dropout; rates of the noise arms chosen by
+what is compared, not by validation accuracy, which says little about speed. The sources have no
+setting that could be run again here: one verdict. `full` trains 2,000 steps (noise: 1,000, of 2,000
+images); `tiny` tries the wiring and decides nothing. The bundled digits (1,000 training images) are
+a demonstration.
 
 Rows: arm fields part, group, arm, rate, and optionally width (a factor on the hidden units);
-`step`, `accuracy`, `train_accuracy`, `diverged`.
+`step`, `diverged`; dropout: `accuracy`, `train_accuracy`; noise: `train_loss`, and in the last
+three rows `accuracy`.
 """
 
 import dataclasses
 import math
+import statistics
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
 
 from gammabeta._runs import Row, Scalar
 from gammabeta.studies._answer import PLACES, Setting, Words, span
@@ -64,8 +88,8 @@ from gammabeta.studies._claims import claims
 from gammabeta.studies._data import Images
 from gammabeta.studies._experiments import Cell
 from gammabeta.studies._nets import MLP
-from gammabeta.studies._pairs import Runs, collect, curve, curves
-from gammabeta.studies._train import accuracy, fair_split, log_steps, pixels, stream, train
+from gammabeta.studies._pairs import Run, Runs, collect, curve, curves
+from gammabeta.studies._train import accuracy, batches, fair_split, log_steps, pixels, stream, train
 from gammabeta.studies._tuned import (
     EQUIVALENCE_SEEDS,
     KEYS,
@@ -97,7 +121,7 @@ from gammabeta.studies._verdict import (
     superiority,
 )
 
-CLAIMS = ("no-dropout", "bn-plus-dropout", "reg-small")
+CLAIMS = ("no-dropout", "bn-plus-dropout", "reg-small", "reg-by-noise")
 
 # name of a dropout -> share that is dropped, and whether behind the first activation too
 DOSES = {
@@ -111,10 +135,14 @@ DOSES = {
 NORMS = ("bn", "none")
 NONE, HALF = "no dropout", "0.5 both"
 DROPOUT = tuple(f"{norm}, {dose}" for norm in NORMS for dose in DOSES)
-GROUPS = {"dropout": DROPOUT}
+NOISE = ("none", "bn", "full")
+GROUPS = {"dropout": DROPOUT, "noise": NOISE}
+EVERY = 10  # steps between two looks at the training loss
+WORST = 10.0  # a loss above it, or none at all, counts as this
 _CONTRAST = "best dropout − none, with BN"
 _CONTROL = "best dropout − none, without BN"
 _SMALL = "dropout's effect − 2 × BN's"
+_NOISE = "needed share of what BN saves − saved without noise"
 
 
 class Plan(NamedTuple):
@@ -123,17 +151,21 @@ class Plan(NamedTuple):
     size: int  # training images
     steps: int
     batch: int
-    seeds: int
+    noise_size: int
+    noise_steps: int
+    noise_batch: int
+    seeds: Mapping[str, int]  # by group
     rates: tuple[float, ...]
     images: int  # evaluated at most
     decides: bool  # False: fixed grid, no pilot, no verdict
 
 
 RATES = (0.1, 0.3, 1.0)
+_SEEDS = {"dropout": EQUIVALENCE_SEEDS, "noise": LEAST_SEEDS}
 PLANS = {
-    "tiny": Plan(300, 10, 100, 1, (0.3,), 500, False),
-    "small": Plan(2000, 800, 128, EQUIVALENCE_SEEDS, RATES, 10000, True),
-    "full": Plan(2000, 2000, 128, EQUIVALENCE_SEEDS, RATES, 10000, True),
+    "tiny": Plan(300, 10, 100, 100, 10, 32, dict.fromkeys(GROUPS, 1), (0.3,), 500, False),
+    "small": Plan(2000, 800, 128, 1000, 400, 64, _SEEDS, RATES, 10000, True),
+    "full": Plan(2000, 2000, 128, 2000, 1000, 64, _SEEDS, RATES, 10000, True),
 }
 
 
@@ -141,42 +173,51 @@ PLANS = {
 
 
 def cells(budget: str, data: str, seeds: int | None, rows: list[Row]) -> list[Cell]:
-    """Tuning until the grid is settled; then the main runs; pilot; more seeds."""
+    """Of each group: tuning until the grid is settled; then the main runs; pilot; more seeds."""
     plan = PLANS[budget]
-    runs = _runs_of([r for r in rows if (r["budget"], r["data"]) == (budget, data)])
+    rows = [r for r in rows if (r["budget"], r["data"]) == (budget, data)]
+    runs = _runs_of(rows)
     tunings = search(runs, GROUPS, plan.rates, grow=plan.decides)
-    best = chosen(tunings)
-    wanted = wishes(
-        GROUPS,
-        tunings,
-        _main(runs, best) if len(best) == len(GROUPS) else None,
-        least=plan.seeds,
-        seeds=seeds,
-        pilot=plan.decides,
-        planned=_planned(runs, rows, best),
-    )
+    best, wanted = chosen(tunings), []
+    for group, arms in GROUPS.items():
+        wanted += wishes(
+            {group: arms},
+            {group: tunings[group]},
+            _main(runs, best, group) if group in best else None,
+            least=plan.seeds[group],
+            seeds=seeds,
+            pilot=plan.decides,
+            planned=_planned(runs, rows, best, group),
+        )
     return [_cell(plan, *wish) for wish in wanted]
 
 
 def expected(budget: str, data: str, seeds: int | None) -> list[Cell]:
     """About what a whole run asks for: no grid grows, half as many seeds more than the least."""
-    plan = PLANS[budget]
-    guess = [Trained("dropout", f"{n}, {d}", plan.rates[0]) for n in NORMS for d in (NONE, HALF)]
-    wanted = wishes(
-        GROUPS,
-        search({}, GROUPS, plan.rates, grow=False),
-        guess,
-        least=plan.seeds,
-        seeds=seeds,
-        pilot=plan.decides,
-        planned=plan.seeds * 3 // 2,
-    )
+    plan, wanted = PLANS[budget], []
+    guess = {"dropout": [f"{n}, {d}" for n in NORMS for d in (NONE, HALF)], "noise": NOISE}
+    tunings = search({}, GROUPS, plan.rates, grow=False)
+    for group, arms in GROUPS.items():
+        wanted += wishes(
+            {group: arms},
+            {group: tunings[group]},
+            [Trained(group, arm, plan.rates[0]) for arm in guess[group]],
+            least=plan.seeds[group],
+            seeds=seeds,
+            pilot=plan.decides,
+            planned=plan.seeds[group] * 3 // 2,
+        )
     return [_cell(plan, *wish) for wish in wanted]
 
 
 def _cell(plan: Plan, wave: int, seed: int, part: str, what: Trained) -> Cell:
     arm: Mapping[str, Scalar] = {"part": part, **what._asdict()}
-    # In seconds, about: a step, and three looks at the training and the evaluation images.
+    # In seconds, about: a step, and looks at the training and the evaluation images.
+    if what.group == "noise":
+        step = {"none": 0.6e-3, "bn": 0.8e-3, "full": 5.5e-6 * plan.noise_size}[what.arm]
+        seen = 3.5e-6 * plan.noise_size / EVERY
+        cost = plan.noise_steps * (step + seen) + (0.0 if part == "tuning" else 0.1)
+        return Cell("regularization", arm, seed, round(cost, 3), wave)
     norm, dose = what.arm.split(", ")
     step = 1.7e-3 + (0.25e-3 if norm == "bn" else 0.0)
     step += 0.5e-3 if dose.endswith("both") else 0.25e-3 if dose.endswith("last") else 0.0
@@ -185,11 +226,31 @@ def _cell(plan: Plan, wave: int, seed: int, part: str, what: Trained) -> Cell:
 
 
 def _runs_of(rows: Sequence[Row]) -> Runs:
-    return collect(rows, KEYS)
+    """Runs by ``KEYS``; those of group "noise" have minus the area in the place of accuracy."""
+    runs = collect([row for row in rows if row.get("group") == "dropout"], KEYS)
+    losses: dict[tuple[Scalar, ...], dict[int, dict[int, Row]]] = {}
+    for row in rows:
+        if row.get("group") == "noise" and isinstance(row.get("train_loss"), float):
+            seed, step = row["seed"], row["step"]
+            if isinstance(seed, int) and isinstance(step, int):
+                arm = losses.setdefault(tuple(row[key] for key in KEYS), {})
+                arm.setdefault(seed, {})[step] = row
+    for key, by_seed in losses.items():
+        runs[key] = {seed: _area_run(by_step) for seed, by_step in sorted(by_seed.items())}
+    return runs
 
 
-def _main(runs: Runs, best: Best) -> list[Trained]:
-    """With and without BN: no dropout and the best; dropout of 0.5 without BN."""
+def _area_run(by_step: Mapping[int, Row]) -> Run:
+    steps = sorted(by_step)
+    losses = [row["train_loss"] for row in by_step.values()]
+    area = math.fsum(x for x in losses if isinstance(x, float)) / len(losses)
+    return Run(steps[-1:], [-area], [], any(bool(row["diverged"]) for row in by_step.values()))
+
+
+def _main(runs: Runs, best: Best, group: str) -> list[Trained]:
+    """With and without BN: no dropout and the best; dropout of 0.5 without BN. The noise arms."""
+    if group == "noise":
+        return [Trained(group, arm, best[group][arm]) for arm in NOISE]
     doses = _doses(runs, best)
     arms = [f"{norm}, {dose}" for norm in NORMS for dose in (NONE, doses[norm])]
     both = dict.fromkeys([*arms, f"none, {HALF}"])
@@ -245,12 +306,33 @@ def _small(effects: Mapping[str, Mapping[int, float]]) -> dict[int, float]:
     return {s: dropout[s] - 2 * bn[s] for s in sorted(bn.keys() & dropout.keys())}
 
 
-def _planned(runs: Runs, rows: Sequence[Row], best: Best) -> int | None:
-    """Seeds that the pilot asks for, None before it is complete."""
-    pilot = {
-        "no-dropout": _gain(runs, "pilot", best, "bn"),
-        "reg-small": _small(_effects(rows, "pilot", best)),
+def _saved(runs: Runs, part: str, best: Best) -> dict[str, dict[int, float]]:
+    """Shares of the area of the training loss that BN saves, with its noise and without."""
+    if "noise" not in best:
+        return {"bn": {}, "full": {}}
+    none, bn, full = (runs.get((part, "noise", a, best["noise"][a]), {}) for a in NOISE)
+    shared = sorted(none.keys() & bn.keys() & full.keys())
+    return {
+        name: {s: 1 - by_seed[s].final / none[s].final for s in shared}
+        for name, by_seed in (("bn", bn), ("full", full))
     }
+
+
+def _noise(saved: Mapping[str, Mapping[int, float]]) -> dict[int, float]:
+    share = claims()["reg-by-noise"].thresholds["share"]
+    return {s: share * saved["bn"][s] - saved["full"][s] for s in saved["bn"]}
+
+
+def _planned(runs: Runs, rows: Sequence[Row], best: Best, group: str) -> int | None:
+    """Seeds that the pilot asks for, None before it is complete."""
+    pilot = (
+        {"reg-by-noise": _noise(_saved(runs, "pilot", best))}
+        if group == "noise"
+        else {
+            "no-dropout": _gain(runs, "pilot", best, "bn"),
+            "reg-small": _small(_effects(rows, "pilot", best)),
+        }
+    )
     if not complete(pilot):
         return None
     return max(
@@ -295,8 +377,45 @@ def dropout_net(pixels: int, arm: str, seed: int, width: float = 1.0) -> MLP:
 
 
 def measure(arm: Mapping[str, Scalar], seed: int, budget: str, data: Images) -> Iterator[Row]:
-    """Train one network and evaluate it three times."""
-    part, rate, plan = str(arm["part"]), float(arm["rate"] or 0.0), PLANS[budget]
+    """Train one network."""
+    measured = {"dropout": _dropout, "noise": _noisy}[str(arm["group"])]
+    return measured(arm, seed, PLANS[budget], data)
+
+
+def _noisy(arm: Mapping[str, Scalar], seed: int, plan: Plan, data: Images) -> Iterator[Row]:
+    """A row every so many steps, with the loss on all training images."""
+    part, norm, rate = str(arm["part"]), str(arm["arm"]), float(arm["rate"] or 0.0)
+    units = round(100 * float(arm.get("width") or 1.0))
+    train_x, train_y, held_x, held_y = fair_split(data, seed, "test", plan.noise_size)
+    x, held = pixels(train_x, data.pixel_max), pixels(held_x[: plan.images], data.pixel_max)
+    sizes = (x.shape[1], units, units, 10)
+    net = MLP(sizes, "relu", norm != "none", stream(seed, "weights"))
+    parameters = list(net.parameters())
+    ends = log_steps(plan.noise_steps, 3)[-3:]
+    drawn = batches(len(x), plan.noise_batch, stream(seed, "order"))
+    net.train()
+    for step, index in zip(range(1, plan.noise_steps + 1), drawn, strict=False):
+        # The same images bear the loss; the statistics are those of what passes the network.
+        logits = net(x)[index] if norm == "full" else net(x[index])
+        loss = cross_entropy(logits, train_y[index])
+        gradients = torch.autograd.grad(loss, parameters)
+        with torch.no_grad():
+            for parameter, gradient in zip(parameters, gradients, strict=True):
+                parameter.sub_(gradient, alpha=rate)
+        row: Row = {"step": step, "diverged": not math.isfinite(loss.item())}
+        if step % EVERY == 0:
+            with torch.no_grad():
+                seen = float(cross_entropy(net.with_batch_statistics(x), train_y))
+            row["train_loss"] = min(seen, WORST) if math.isfinite(seen) else WORST
+        if step in ends and part != "tuning":
+            row["accuracy"] = accuracy(net, held, held_y[: plan.images])
+        if len(row) > 2:
+            yield row
+
+
+def _dropout(arm: Mapping[str, Scalar], seed: int, plan: Plan, data: Images) -> Iterator[Row]:
+    """Three rows, at the end of training."""
+    part, rate = str(arm["part"]), float(arm["rate"] or 0.0)
     width = float(arm.get("width") or 1.0)
     evaluation = "validation" if part == "tuning" else "test"
     train_x, train_y, held_x, held_y = fair_split(data, seed, evaluation, plan.size)
@@ -333,8 +452,13 @@ def judge(rows: list[Row]) -> list[Verdict]:
     plan, runs = PLANS[budget], _runs_of(rows)
     tunings = search(runs, GROUPS, plan.rates, grow=plan.decides)
     best, of = chosen(tunings), {c: claims()[c].thresholds["delta"] for c in CLAIMS}
-    planned = _planned(runs, rows, best)
-    notes = tuning_notes(tunings, budget, decides=plan.decides) + diverged_note(runs)
+    planned = _planned(runs, rows, best, "dropout")
+    about = {
+        group: tuning_notes({group: tunings[group]}, budget, decides=plan.decides)
+        + diverged_note({key: by for key, by in runs.items() if key[1] == group})
+        for group in GROUPS
+    }
+    notes = about["dropout"]
     setting = Setting(
         "regularization",
         budget,
@@ -389,7 +513,49 @@ def judge(rows: list[Row]) -> list[Verdict]:
             notes=notes,
         )
     )
+    found.append(_noise_verdict(rows, runs, best, setting, about["noise"]))
     return found
+
+
+def _noise_verdict(
+    rows: Sequence[Row], runs: Runs, best: Best, setting: Setting, common: Sequence[str]
+) -> Verdict:
+    limits, notes = claims()["reg-by-noise"].thresholds, list(common)
+    saved = _saved(runs, "fair", best)
+    control = superiority(saved["bn"].values(), limits["delta"], LEAST_SEEDS)
+    found = controlled(lies_above(_noise(saved).values(), 0.0, LEAST_SEEDS), control)
+    if control.interval:
+        bn, full = (math.fsum(saved[a].values()) / len(saved[a]) for a in ("bn", "full"))
+        kept = f", which is {100 * full / bn:.0f} % of it" if bn > 0 else ""
+        notes.append(
+            f"Positive control, share of the area of the training loss that BN saves: "
+            f"{span(control.interval)}, {control.status}. Without noise: {full:.2f}{kept}."
+        )
+    tested, more = collect(rows, KEYS), []
+    if "noise" in best:
+        none, bn_arm, full_arm = (Trained("noise", a, best["noise"][a]) for a in NOISE)
+        for name, arm in (("bn", bn_arm), ("full", full_arm)):
+            more += shown(f"test accuracy, {name} − none (points)",
+                          list(minus(tested, "fair", arm, none).values()))  # fmt: skip
+    much = f"{100 * limits['share']:.0f} %"
+    what = "of the area of the training loss that batch normalization saves"
+    verdict = fair_verdict(
+        "reg-by-noise",
+        setting._replace(
+            network=f"MLP 100-100 on {PLANS[setting.budget].noise_size:,} images",
+            unit="share of the area of the training loss",
+        ),
+        Words(
+            f"statistics without noise keep less than {much} {what}: {{weakest}}",
+            f"statistics without noise keep more than {much} {what}: {{refuted}}",
+            f"needed to keep {much} {what}, minus kept without noise: {{weakest}}",
+        ),
+        _alone(_NOISE, found),
+        pilot={_NOISE: list(_noise(_saved(runs, "pilot", best)).values())},
+        planned=_planned(runs, rows, best, "noise"),
+        notes=notes,
+    )
+    return dataclasses.replace(verdict, cells=[*verdict.cells, *_as(verdict, more)])
 
 
 def _unneeded(gain: Sequence[float], delta: float, helped: Outcome) -> Outcome:
@@ -462,6 +628,56 @@ def figures(rows: list[Row]) -> list[dict[str, Any]]:
         panels,
     )
     tuned = tuning_figure(
-        "regularization", "tuning", rows, runs, GROUPS, "with and without dropout"
+        "regularization",
+        "tuning",
+        rows,
+        runs,
+        {"dropout": DROPOUT},
+        "with and without dropout",
     )
-    return [*([drawn] if panels else []), *tuned]
+    return [*([drawn] if panels else []), *_losses(rows, best, where), *tuned]
+
+
+def _losses(rows: Sequence[Row], best: Best, where: str) -> list[dict[str, Any]]:
+    """Training loss of the noise arms over the steps: geometric mean and range over seeds."""
+    series: list[dict[str, Any]] = []
+    for name, style, label in (
+        ("none", "none", "without"),
+        ("bn", "bn", "with batch normalization"),
+        ("full", "bn", "with statistics of all images"),
+    ):
+        by_step: dict[int, list[float]] = {}
+        for row in rows:
+            of = (row.get("part"), row.get("group"), row.get("arm"), row.get("rate"))
+            loss, step = row.get("train_loss"), row["step"]
+            drawn = of == ("fair", "noise", name, best.get("noise", {}).get(name))
+            if drawn and isinstance(loss, float) and isinstance(step, int):
+                by_step.setdefault(step, []).append(max(loss, 1e-9))
+        if by_step:
+            steps = sorted(by_step)
+            series.append(
+                {
+                    "name": label,
+                    "style": style,
+                    "x": steps,
+                    "y": [statistics.geometric_mean(by_step[s]) for s in steps],
+                    "lo": [min(by_step[s]) for s in steps],
+                    "hi": [max(by_step[s]) for s in steps],
+                    "n": min(len(by_step[s]) for s in steps),
+                }
+            )
+    title = f"Training loss on {where}, with the noise of batch statistics and without"
+    ends = ", ".join(f"{s['y'][-1]:.3g} {s['name']}" for s in series)
+    figure = {
+        "id": "regularization-noise",
+        "experiment": "regularization",
+        "kind": "curves",
+        "title": title,
+        "caption": "All arms see the same images in their loss; each at its best learning rate. "
+        "Geometric mean over seeds; the band is their range.",
+        "alt": f"{title}. At the end: {ends}.",
+        "x": {"label": "training step", "log": True},
+        "y": {"label": "loss on all training images", "log": True},
+        "panels": [{"title": "MLP 100-100", "series": series}],
+    }
+    return [figure] if series else []
