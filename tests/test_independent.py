@@ -24,6 +24,7 @@ SCRIPTS = sorted(path.stem for path in (HERE / "independent").glob("*.py") if pa
 RESULTS = HERE.parent / "results"
 # claim -> how its experiment names the script's cells, where it does otherwise
 NAMES = {
+    "bjorck-divergence": "10 layers: {}",
     "jacobian-one": "{}, (d): share in [0.5, 2], at the start",
     "weight-growth": "sigmoid",
 }
@@ -133,13 +134,15 @@ def cell_of(one, cells):
     """The cell of a verdict that a script's number is about."""
     name = NAMES.get(one["claim"], "{}").format(one["cell"])
     part = one["cell"] if one["claim"] == "weight-growth" else None
-    return next(
+    found = [
         cell
         for cell in cells
         if (cell["name"] == name or cell["name"].startswith(f"{name} ("))
         and (part is None or part in cell["part"])
         and cell["effect"] is not None
-    )
+    ]
+    assert found, f"no cell {name} among {[cell['name'] for cell in cells]}"
+    return found[0]
 
 
 @pytest.mark.parametrize("script", SCRIPTS)

@@ -194,7 +194,7 @@ def _frame(animation: Animation, step: int) -> "Image.Image":
 
     picture = Image.new("RGB", SIZE, PAPER)
     draw = ImageDraw.Draw(picture)
-    title = f"{animation.title}: singular values of the Jacobian, step {step:,}"
+    title = f"{animation.title}: singular values of the batch's Jacobian, step {step:,}"
     draw.text((_LEFT, 14), title, INK, _font(19))
     draw.text((_LEFT, SIZE[1] - 22), f"On {animation.where}.", MUTED, _font(13))
     for norm, box in boxes(animation.largest).items():
