@@ -1,0 +1,451 @@
+"""Does batch normalization make the loss surface smoother?
+
+The claim (smoother) is that of Santurkar et al. 2018, Sections 3.1 and 3.2, repeated by Kathuria:
+along the gradient of a step, with batch normalization (BN), the loss varies less, the gradient
+changes less, and by less per distance. `gammabeta.probes.smoothness` measures all three.
+
+Network: pixels, five layers of 100 units, 10; ReLU, BN before each activation, no bias where it
+follows, bias 0.1 elsewhere, weights from a truncated normal distribution with standard deviation
+sqrt(2 / fan-in). Batches of 128, 600 steps of SGD without momentum (1,500 at `full`), mean
+cross-entropy, 5,000 training images drawn for each seed from the first 55,000, PyTorch's defaults
+for the layer. Both arms of a pair have the same start and batches. Every 20 steps (30 times) the
+loss is looked at along its gradient, in training mode, on a batch of 128 training images that is
+the same in both arms.
+
+Fair (it gives the verdict)
+    Each arm at its own best learning rate: highest accuracy on the last 5,000 training images, mean
+    of seeds 800 and 801, from 0.03, 0.1, 0.3, 1; a best value at an edge extends the grid for both
+    arms. Scale-free: every weight matrix moves by the same share of its own norm, 0.3, 1, 3 and
+    10 %, all else stays, and gradients are those with respect to W / |W|. For a network of another
+    scale that computes the same, the numbers are the same; those of the source are not.
+    Seeds 900 to 903 are a pilot: they give the number of seeds (5 to 16; predicted half-width of
+    the 95 % interval delta / 2), and are used for nothing else.
+
+As published
+    Both arms at the rate 0.1. From the parameters the walk goes 1/2, 1, 2 and 4 learning rates down
+    the gradient of all parameters, as far as the source's on VGG; the numbers are not scale-free.
+
+Primary contrast: natural logarithm of each quantity, mean over the 30 looks, without minus with BN:
+(a) range of the loss along the walk; (b) largest change of the gradient; (c) effective beta, the
+largest change of the gradient per distance. Superiority, delta = 0.22 (a factor of 1.25), in all
+three (universal).
+Positive control: the claim is why BN helps, so it is judged only where it does: test accuracy of
+the same fair runs, with minus without, mean of the last three evaluations (at 96, 98 and 100 % of
+the steps, running statistics), superiority, 0.3 points. Where that fails: nothing to explain.
+Shown: the contrasts at equal training loss. BN learns faster, a smaller loss has a smaller range
+    and gradient, and this alone would pass for smoothness; so the three are also compared at ten
+    values of the looked-at batch's loss that both arms of a seed pass through (the logarithms,
+    interpolated over that of the loss). And the source's walk, at each arm's best rate.
+
+What its author would call fair: all three of the source's quantities, in its own setting too, and
+the scale-free ones only beside. What would embarrass us: a verdict that turns at equal loss, or
+one that is owed to distances at which every network is linear, or none.
+
+Changed against the registry: delta; 4 distances of each walk; no sigmoid network. `tiny` tries the
+wiring with two looks; it decides nothing. On the bundled digits each seed splits the 1,797 images
+anew: a demonstration.
+
+Rows: arm fields part ("tuning", "fair", "pilot", "published"), group, arm ("bn", "none"), rate, and
+optionally width (a factor on the hidden units). A look: `step`, `loss` (of the batch), `range`,
+`change`, `beta` (scale-free), `raw_range`, `raw_change`, `raw_beta`. The last three: `accuracy`.
+"""
+
+import dataclasses
+import math
+import statistics
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+from torch.nn.functional import cross_entropy
+
+from gammabeta._runs import Row, Scalar
+from gammabeta.probes import smoothness
+from gammabeta.probes.step import Step
+from gammabeta.studies._answer import PLACES, Setting, Words, answer, span
+from gammabeta.studies._claims import claims
+from gammabeta.studies._data import Images
+from gammabeta.studies._experiments import Cell
+from gammabeta.studies._nets import MLP
+from gammabeta.studies._pairs import LABELS, NORMS, collect
+from gammabeta.studies._train import (
+    accuracy,
+    batches,
+    fair_split,
+    log_steps,
+    pixels,
+    stream,
+    train,
+)
+from gammabeta.studies._tuned import (
+    KEYS,
+    LEAST_SEEDS,
+    MOST_SEEDS,
+    Best,
+    Trained,
+    chosen,
+    complete,
+    diverged_note,
+    minus,
+    search,
+    shown,
+    tuning_figure,
+    tuning_notes,
+    wishes,
+)
+from gammabeta.studies._verdict import Verdict, controlled, planned_n, superiority, universal
+
+CLAIMS = ("smoother",)
+
+GROUPS = {"deep": NORMS}
+QUANTITIES = {
+    "range": "(a) range of the loss",
+    "change": "(b) change of the gradient",
+    "beta": "(c) effective beta",
+}
+PUBLISHED_RATE = 0.1
+DISTANCES = (0.5, 1.0, 2.0, 4.0)  # in learning rates
+RELATIVE = (0.003, 0.01, 0.03, 0.1)  # in norms of each weight
+BATCH = 128
+TINY = 1e-12  # a quantity that is smaller, as where the loss has vanished, counts as this
+_GRID = 10  # values of the loss at which arms are compared
+
+
+class Plan(NamedTuple):
+    """What a budget stands for."""
+
+    steps: int
+    every: int
+    seeds: int
+    rates: tuple[float, ...]
+    images: int  # evaluated at most
+    decides: bool  # False: fixed grid, no pilot, no verdict
+
+
+RATES = (0.03, 0.1, 0.3, 1.0)
+PLANS = {
+    "tiny": Plan(10, 5, 2, (0.1,), 500, False),
+    "small": Plan(600, 20, LEAST_SEEDS, RATES, 10000, True),
+    "full": Plan(1500, 50, LEAST_SEEDS, RATES, 10000, True),
+}
+
+Looks = Mapping[int, Row]  # by step
+Seen = dict[tuple[Scalar, ...], dict[int, dict[int, Row]]]  # KEYS -> seed -> step -> look
+
+
+# -- what is to be run --------------------------------------------------------------------------
+
+
+def cells(budget: str, data: str, seeds: int | None, rows: list[Row]) -> list[Cell]:
+    """As published, and tuning until the grid is settled; the main runs; pilot; more seeds."""
+    plan = PLANS[budget]
+    rows = [r for r in rows if (r["budget"], r["data"]) == (budget, data)]
+    tunings = search(collect(rows, KEYS), GROUPS, plan.rates, grow=plan.decides)
+    best = chosen(tunings)
+    wanted = wishes(
+        GROUPS,
+        tunings,
+        [Trained("deep", norm, best["deep"][norm]) for norm in NORMS] if best else None,
+        least=plan.seeds,
+        seeds=seeds,
+        pilot=plan.decides,
+        planned=_planned(looks(rows), best),
+    )
+    return [_cell(plan, *wish) for wish in wanted] + _published(plan, seeds)
+
+
+def expected(budget: str, data: str, seeds: int | None) -> list[Cell]:
+    """About what a whole run asks for: no grid grows, the pilot asks for twice the least seeds."""
+    plan = PLANS[budget]
+    wanted = wishes(
+        GROUPS,
+        search({}, GROUPS, plan.rates, grow=False),
+        [Trained("deep", norm, plan.rates[0]) for norm in NORMS],
+        least=plan.seeds,
+        seeds=seeds,
+        pilot=plan.decides,
+        planned=2 * LEAST_SEEDS,
+    )
+    return [_cell(plan, *wish) for wish in wanted] + _published(plan, seeds)
+
+
+def _published(plan: Plan, seeds: int | None) -> list[Cell]:
+    count = plan.seeds if seeds is None else seeds
+    return [
+        _cell(plan, 1, seed, "published", Trained("deep", norm, PUBLISHED_RATE))
+        for seed in range(count)
+        for norm in NORMS
+    ]
+
+
+def _cell(plan: Plan, wave: int, seed: int, part: str, what: Trained) -> Cell:
+    arm: Mapping[str, Scalar] = {"part": part, **what._asdict()}
+    # In seconds, about: steps; looks, a step for each distance and more; evaluations.
+    step = 1.9e-3 if what.arm == "bn" else 1.4e-3
+    walks = {"tuning": 0, "published": len(DISTANCES)}.get(part, len(DISTANCES) + len(RELATIVE))
+    look = (walks + 2) * 1.5 * step + 0.01 if walks else 0.0
+    cost = plan.steps * step + plan.steps / plan.every * look + 2e-5 * min(plan.images, 10000)
+    return Cell("smoothness", arm, seed, round(cost, 3), wave)
+
+
+def looks(rows: Sequence[Row]) -> Seen:
+    """The looks along the gradient, by arm, seed and step; those that have numbers."""
+    found: Seen = {}
+    for row in rows:
+        seed, step = row["seed"], row["step"]
+        if "loss" in row and isinstance(seed, int) and isinstance(step, int):
+            key = tuple(row[name] for name in KEYS)
+            found.setdefault(key, {}).setdefault(seed, {})[step] = row
+    return found
+
+
+def _pair(seen: Seen, part: str, rates: Mapping[str, float]) -> dict[int, tuple[Looks, Looks]]:
+    """Looks with and without BN, by seed; none where a rate is missing."""
+    if set(rates) != set(NORMS):
+        return {}
+    bn, none = (seen.get((part, *Trained("deep", n, rates[n])), {}) for n in NORMS)
+    return {seed: (bn[seed], none[seed]) for seed in sorted(bn.keys() & none.keys())}
+
+
+def smoother_by(
+    seen: Seen, part: str, rates: Mapping[str, float], prefix: str = ""
+) -> dict[str, dict[int, float]]:
+    """Mean over the looks of ln(without) - ln(with), by quantity and seed."""
+    pairs = _pair(seen, part, rates)
+    found: dict[str, dict[int, float]] = {name: {} for name in QUANTITIES}
+    for name, by_seed in found.items():
+        for seed, (bn, none) in pairs.items():
+            shared = sorted(bn.keys() & none.keys())
+            logs = [_log(none[s], prefix + name) - _log(bn[s], prefix + name) for s in shared]
+            if logs:
+                by_seed[seed] = statistics.fmean(logs)
+    return found
+
+
+def at_equal_loss(seen: Seen, part: str, rates: Mapping[str, float]) -> dict[str, dict[int, float]]:
+    """The same, at losses that both arms pass through; a seed without such losses has none."""
+    found: dict[str, dict[int, float]] = {name: {} for name in QUANTITIES}
+    for seed, arms in _pair(seen, part, rates).items():
+        ordered = [sorted(arm.values(), key=lambda row: _log(row, "loss")) for arm in arms]
+        x = [[_log(row, "loss") for row in arm] for arm in ordered]
+        low, high = max(v[0] for v in x), min(v[-1] for v in x)
+        if low >= high:
+            continue
+        grid = np.linspace(low, high, _GRID)
+        for name, by_seed in found.items():
+            bn, none = (
+                np.interp(grid, at, [_log(row, name) for row in arm])
+                for at, arm in zip(x, ordered, strict=True)
+            )
+            by_seed[seed] = float(np.mean(none - bn))
+    return found
+
+
+def _log(row: Row, name: str) -> float:
+    value = row[name]
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise ValueError(f"a look must have the number {name}, got {value!r}. Repeat that cell.")
+    return math.log(max(value, TINY))
+
+
+def _planned(seen: Seen, best: Best) -> int | None:
+    """Seeds that the pilot asks for, None before it is complete."""
+    pilot = smoother_by(seen, "pilot", best.get("deep", {}))
+    if not complete(pilot):
+        return None
+    delta = claims()["smoother"].thresholds["delta"]
+    return max(planned_n(v.values(), delta, LEAST_SEEDS, MOST_SEEDS) for v in pilot.values())
+
+
+# -- one cell -----------------------------------------------------------------------------------
+
+
+def measure(arm: Mapping[str, Scalar], seed: int, budget: str, data: Images) -> Iterator[Row]:
+    """Train one network, and look along the gradient every so many steps."""
+    part, rate, plan = str(arm["part"]), float(arm["rate"] or 0.0), PLANS[budget]
+    evaluation = "validation" if part == "tuning" else "test"
+    train_x, train_y, held_x, held_y = fair_split(data, seed, evaluation)
+    held, labels = pixels(held_x[: plan.images], data.pixel_max), held_y[: plan.images]
+    units = round(100 * float(arm.get("width") or 1.0))
+    sizes = (held.shape[1], *[units] * 5, 10)
+    net = MLP(sizes, "relu", arm["arm"] == "bn", stream(seed, "weights"))
+    ends = log_steps(plan.steps, 3)[-3:]
+    at = range(plan.every, plan.steps + 1, plan.every) if part != "tuning" else ()
+    looked = batches(len(train_x), BATCH, stream(seed, "looks"))
+    training = train(
+        net,
+        train_x,
+        train_y,
+        pixel_max=data.pixel_max,
+        rate=rate,
+        steps=plan.steps,
+        order=stream(seed, "order"),
+        stops={*at, *ends},
+        batch=BATCH,
+    )
+    for step, loss in training:
+        row: Row = {"step": step, "diverged": not math.isfinite(loss)}
+        if step in ends:
+            row["accuracy"] = accuracy(net, held, labels)
+        if step in at:
+            index = next(looked)
+            batch = pixels(train_x[index], data.pixel_max), train_y[index]
+            row |= _look(net, batch, rate, () if part == "published" else RELATIVE)
+        yield row
+
+
+def _look(net: MLP, batch: Any, rate: float, relative: Sequence[float]) -> Row:
+    """Both walks from here; nothing where a number is not finite."""
+    step = Step(net, cross_entropy, batch)
+    found = smoothness.measure(step, {}, distances=DISTANCES, relative=relative, lr=rate)
+    names = {"range": "loss_range", "change": "gradient_change", "beta": "beta"}
+    numbers = {"loss": step.loss.item()}
+    numbers |= {f"raw_{short}": found[name].item() for short, name in names.items()}
+    if relative:
+        numbers |= {s: found[f"relative_{name}"].item() for s, name in names.items()}
+    return dict(numbers) if all(map(math.isfinite, numbers.values())) else {}
+
+
+# -- what it means ------------------------------------------------------------------------------
+
+
+def judge(rows: list[Row]) -> list[Verdict]:
+    """One claim, fair and as published; what is missing makes it inconclusive."""
+    if not rows:
+        return []
+    budget, data = str(rows[0]["budget"]), str(rows[0]["data"])
+    plan, runs, seen = PLANS[budget], collect(rows, KEYS), looks(rows)
+    tunings = search(runs, GROUPS, plan.rates, grow=plan.decides)
+    best = chosen(tunings)
+    rates, same = best.get("deep", {}), dict.fromkeys(NORMS, PUBLISHED_RATE)
+    limits = claims()["smoother"].thresholds
+
+    notes = tuning_notes(tunings, budget, decides=plan.decides) + diverged_note(runs)
+    helped = superiority(
+        minus(runs, "fair", *(Trained("deep", n, rates[n]) for n in NORMS)).values()
+        if rates
+        else (),
+        limits["control"],
+        LEAST_SEEDS,
+    )
+    if helped.interval:
+        notes.append(
+            f"Positive control, test accuracy with − without: {span(helped.interval)} points, "
+            f"{helped.status}."
+        )
+    fair = universal(_named(smoother_by(seen, "fair", rates)), limits["delta"], LEAST_SEEDS)
+    raw = _named(smoother_by(seen, "published", same, "raw_"))
+    verdict = answer(
+        "smoother",
+        Setting(
+            "smoothness",
+            budget,
+            data,
+            "MLP of five layers",
+            "each network at its best learning rate",
+            "natural logarithm of the ratio without / with",
+            plan.decides,
+        ),
+        Words(
+            "loss and gradient change less along the gradient with batch normalization, "
+            "scale-free; least so {weakest}",
+            "loss and gradient do not all change less along the gradient with batch normalization, "
+            "scale-free: {refuted}",
+            "the smallest contrast, scale-free, is {weakest}",
+        ),
+        controlled(fair, helped),
+        {f"rate {PUBLISHED_RATE:g}, not scale-free": universal(raw, limits["delta"], LEAST_SEEDS)},
+        delta=limits["delta"],
+        pilot=_named(smoother_by(seen, "pilot", rates)),
+        planned=_planned(seen, best),
+        notes=notes,
+    )
+    beside = {
+        "at equal loss": at_equal_loss(seen, "fair", rates),
+        "at each best rate, not scale-free": smoother_by(seen, "fair", rates, "raw_"),
+    }
+    more = [
+        cell
+        for where, by in beside.items()
+        for name, values in _named(by).items()
+        for cell in shown(f"{name}, {where}", values)
+    ]
+    if verdict.status == "demo":
+        more = [{**cell, "status": "demo", "reason": ""} for cell in more]
+    return [dataclasses.replace(verdict, cells=[*verdict.cells, *more])]
+
+
+def _named(by: Mapping[str, Mapping[int, float]]) -> dict[str, list[float]]:
+    return {QUANTITIES[name]: list(values.values()) for name, values in by.items()}
+
+
+def figures(rows: list[Row]) -> list[dict[str, Any]]:
+    """The three quantities over training, scale-free and as published; the tuning."""
+    if not rows:
+        return []
+    plan, runs, seen = PLANS[str(rows[0]["budget"])], collect(rows, KEYS), looks(rows)
+    where = PLACES.get(str(rows[0]["data"]), str(rows[0]["data"]))
+    rates = chosen(search(runs, GROUPS, plan.rates, grow=plan.decides)).get("deep", {})
+    both = [
+        (
+            "fair",
+            rates,
+            "",
+            "scale-free, each network at its best rate",
+            "Every weight moves by up to 10 % of its norm.",
+        ),
+        (
+            "published",
+            dict.fromkeys(NORMS, PUBLISHED_RATE),
+            "raw_",
+            f"as published, both at the rate {PUBLISHED_RATE:g}",
+            "The walk is that of the source, up to 4 learning rates; it depends on the scale.",
+        ),
+    ]
+    found = []
+    for part, by_norm, prefix, how, caption in both:
+        panels: list[dict[str, Any]] = []
+        ends: list[str] = []
+        for name, title in QUANTITIES.items():
+            series = [
+                _series(seen.get((part, *Trained("deep", n, r)), {}), n, prefix + name)
+                for n, r in by_norm.items()
+            ]
+            series = [s for s in series if s["x"]]
+            if series:
+                panels.append({"title": title, "series": series})
+                last = ", ".join(f"{s['y'][-1]:.3g} {s['name']}" for s in series)
+                ends.append(f"{title} {last}")
+        title = f"Smoothness of the loss along its gradient on {where}, {how}"
+        if panels:
+            found.append(
+                {
+                    "id": f"smoothness-{part}",
+                    "experiment": "smoothness",
+                    "kind": "curves",
+                    "title": title,
+                    "caption": f"{caption} Geometric mean over seeds; the band is their range.",
+                    "alt": f"{title}. At the end of training: {'; '.join(ends)}.",
+                    "x": {"label": "training step", "log": False},
+                    "y": {"label": "along the gradient", "log": True},
+                    "panels": panels,
+                }
+            )
+    return found + tuning_figure("smoothness", "tuning", rows, runs, GROUPS, "five layers")
+
+
+def _series(by_seed: Mapping[int, Looks], norm: str, name: str) -> dict[str, Any]:
+    by_step: dict[int, list[float]] = {}
+    for seen in by_seed.values():
+        for step, row in seen.items():
+            by_step.setdefault(step, []).append(math.exp(_log(row, name)))
+    steps = sorted(by_step)
+    return {
+        "name": LABELS[norm],
+        "style": norm,
+        "x": steps,
+        "y": [statistics.geometric_mean(by_step[s]) for s in steps],
+        "lo": [min(by_step[s]) for s in steps],
+        "hi": [max(by_step[s]) for s in steps],
+        "n": len(by_seed),
+    }
