@@ -69,6 +69,50 @@ def test_a_convolutional_run_is_plain_training(placement, monkeypatch):
     assert (last["step"], last["accuracy"], last["diverged"]) == (20, share, False)
 
 
+@pytest.mark.parametrize("group", [g for g, (kind, _) in order.NETWORKS.items() if kind == "dense"])
+def test_only_after_the_activation_are_the_moments_those_of_gamma_and_beta(group):
+    x = torch.rand(300, 64, generator=stream(0, "x"))
+    for placement in order.PLACEMENTS:
+        net = order.placed(64, group, placement, 1)
+        state = {name: value.clone() for name, value in net.state_dict().items()}
+        norms = [m for m in net.modules() if isinstance(m, nn.BatchNorm1d)]
+        with torch.no_grad():
+            for norm in norms:
+                norm.weight.uniform_(-2, 2, generator=stream(2, "gamma"))
+                norm.bias.uniform_(-1, 1, generator=stream(3, "beta"))
+        changed = {name: value.clone() for name, value in net.state_dict().items()}
+        found = order.received(net, group, placement, x)
+        assert all(torch.equal(v, changed[k]) for k, v in net.state_dict().items())
+        assert changed.keys() == state.keys()
+        if placement == "after":
+            assert found["deviation"] < 1e-9
+        else:
+            assert 0.003 < found["deviation"] < 1
+
+
+@pytest.mark.parametrize(
+    ("activation", "mean", "spread"),
+    [(nn.ReLU(), 0.3989, 0.5838), (nn.Sigmoid(), 0.5, 0.2083), (nn.Tanh(), 0.0, 0.6279)],
+)
+def test_the_moments_of_an_activated_gaussian_are_those_of_the_registry(activation, mean, spread):
+    one = torch.ones(1, dtype=torch.float64)
+    found = order.gaussian(activation, 0 * one, one)
+    assert [v.item() for v in found] == pytest.approx([mean, spread], abs=5e-5)
+    z = torch.randn(200000, generator=stream(0, "z"), dtype=torch.float64)
+    y = activation(0.7 * z - 0.4)
+    found = order.gaussian(activation, -0.4 * one, 0.7 * one)
+    assert [v.item() for v in found] == pytest.approx([y.mean().item(), y.std().item()], abs=5e-3)
+
+
+def test_before_the_activation_gaussian_sums_do_keep_the_promise():
+    net = order.placed(64, "dense relu", "before", 1)
+    net.layers = net.layers[:3]  # one layer: a sum of Gaussian inputs is Gaussian
+    x = torch.randn(40000, 64, generator=stream(0, "x"))
+    found = order.received(net, "dense relu", "before", x)
+    assert found["deviation"] < 0.02
+    assert found["mean"] == pytest.approx(0.3989, abs=5e-3)
+
+
 # -- made-up rows -----------------------------------------------------------------------------
 
 
@@ -76,11 +120,45 @@ def after_gains(gain, sd=0.1, **by_activation):
     """BN after gains so many points, or others with some activations."""
 
     def rows(cell, seed):
+        if cell["part"] == "inputs":
+            return received(0.2)(cell, seed)
         more = by_activation.get(cell["group"].split()[1], gain) if cell["arm"] == "after" else 0
         level = 92 + more - abs(cell["rate"] - 0.3) + noise(seed, cell["group"], cell["arm"], sd=sd)
         return [{"step": s, "accuracy": level / 100, "diverged": False} for s in (1, 2, 3)]
 
     return rows
+
+
+def received(before, after=1e-14, sd=0.01):
+    """Deviations from what gamma and beta promise."""
+
+    def rows(cell, seed):
+        if cell["part"] != "inputs":
+            return after_gains(1.0)(cell, seed)
+        jitter = 1 + noise(seed, cell["group"], sd=sd)
+        off = {"before": before, "after": after}[cell["arm"]] * jitter
+        both = {"deviation": off, "mean": 0.4, "spread": 0.6}
+        return [{"step": s, **both} for s in (0, 300)]
+
+    return rows
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "sd", "status"),
+    [
+        (0.2, 1e-14, 0.01, "supported"),
+        (0.01, 1e-14, 0.01, "refuted"),
+        (0.2, 1e-3, 0.01, "refuted"),
+        (0.06, 1e-14, 0.5, "inconclusive"),
+    ],
+)
+def test_only_bn_after_fixes_the_inputs(before, after, sd, status):
+    rows, _ = simulate(order, received(before, after, sd))
+    found = judged(order, rows)["post-controls-input"]
+    assert (found.status, found.published_status) == (status, None)
+    assert len(found.cells) == 12
+    assert found.effect == pytest.approx(before, rel=0.5)
+    assert any("BN before, tanh, start: mean 0.4000" in note for note in found.notes)
 
 
 def verdict(*args, budget="small", data="mnist", seeds=None, **kwargs):
@@ -123,6 +201,8 @@ def test_noise_is_inconclusive():
 
 def test_each_arm_has_its_own_best_rate_from_the_same_trials():
     def rows(cell, seed):
+        if cell["part"] == "inputs":
+            return received(0.2)(cell, seed)
         best = 1.0 if cell["arm"] == "after" else 0.3
         share = 0.9 - abs(cell["rate"] - best) / 100
         return [{"step": s, "accuracy": share, "diverged": False} for s in (1, 2, 3)]
@@ -144,7 +224,7 @@ def test_missing_runs_leave_the_verdict_open():
     rows, _ = simulate(order, after_gains(1.0))
     for part in ("tuning", "fair", "pilot"):
         found = judged(order, [r for r in rows if r["part"] == part])
-        assert found["bn-order"].status == "inconclusive"
+        assert {v.status for v in found.values()} == {"inconclusive"}
     one = [r for r in rows if (r["part"], r["group"]) != ("fair", "dense tanh")]
     assert judged(order, one)["bn-order"].status == "inconclusive"
     assert order.judge([]) == []
@@ -169,5 +249,5 @@ def test_the_whole_experiment_runs_on_the_digits():
         "digits",
         1,
     )
-    assert len(asked) == 6 * (2 * 2 + 2)
+    assert len(asked) == 6 * (2 * 2 + 2) + 6
     assert judged(order, rows)["bn-order"].status == "demo"
