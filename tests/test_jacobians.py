@@ -87,7 +87,9 @@ def test_a_cell_covers_its_targets_and_is_repeatable(part):
     assert all(math.isfinite(v) for v in found.values())
 
 
-def test_a_late_seed_measures_the_decisive_definition_only():
+def test_a_late_seed_measures_the_decisive_definition_only(monkeypatch):
+    deciding = jacobians.PLANS["tiny"]._replace(decides=True)
+    monkeypatch.setitem(jacobians.PLANS, "tiny", deciding)
     arm = {"part": "fair", "activation": "relu", "rate_bn": 0.1, "rate_none": 0.1}
     early, late = (
         {r["cell"] for r in jacobians.measure(arm, s, "tiny", DIGITS) if r["kind"] == "value"}
@@ -212,7 +214,7 @@ def test_quantiles_over_training_are_kept_for_the_animation(activation, layer):
         assert row["layer"] == layer
         by.setdefault((row["norm"], row["step"]), []).append((row["x"], row["y"]))
     steps = {norm: [step for n, step in by if n == norm] for norm in ("bn", "none")}
-    assert steps["bn"] == steps["none"] == [0, *range(1, 11)]
+    assert steps["bn"] == steps["none"] == [*range(jacobians.PLANS["tiny"].steps + 1)]
     for points in by.values():
         assert [x for x, _ in points] == [100 - 5 * k for k in range(21)]
         values = [y for _, y in points]
