@@ -209,7 +209,7 @@ def test_ids_become_experiments(ids: list[str], expected: list[str]) -> None:
         (["headlines"], "Did you mean 'headline'"),
         (["xyzzy"], r"unknown claim or experiment 'xyzzy'\. `gammabeta study list`"),
         (["\x1b[2J"], r"'\\x1b\[2J'"),
-        (["noisy-bn"], r"claim 'noisy-bn' has no experiment yet\..* run: activations\."),
+        (["adversarial"], r"claim 'adversarial' has no experiment yet\..* run: activations\."),
         (["batch-U"], r"claim 'batch-U' has no experiment yet"),
         (["batch-u"], r"claim 'batch-U' has no experiment yet"),
     ],
@@ -227,7 +227,7 @@ def test_an_id_that_cannot_be_run_is_explained(ids: list[str], message: str) -> 
         ({"all": ()}, "experiment 'all'"),
         ({"activations": ("act-al",)}, "CLAIMS: unknown.*'act-al'.*Did you mean 'act-all'"),
         ({"other": ("act-all",)}, "'act-all'.*'other'.*gives it the experiment 'activations'"),
-        ({"other": ("noisy-bn",)}, "'noisy-bn'.*gives it the experiment None"),
+        ({"other": ("adversarial",)}, "'adversarial'.*gives it the experiment None"),
     ],
 )
 def test_experiments_that_contradict_the_registry_are_refused(
@@ -280,7 +280,7 @@ def test_the_registry_is_back_after_an_error() -> None:
         ("act-all.delta=nan", "finite number"),
         ("act-al.delta=1", "'act-al'.*Did you mean 'act-all'"),
         ("act-all.alpha=1", "'act-all' has no threshold 'alpha'; it has delta"),
-        ("noisy-bn.delta=1", "'noisy-bn' has no threshold 'delta'; it has none yet"),
+        ("adversarial.delta=1", "'adversarial' has no threshold 'delta'; it has none yet"),
         ("batch-u.delta=1", "'batch-U' has no threshold 'delta'; it has none yet"),
     ],
 )
@@ -299,7 +299,7 @@ def test_the_listing_has_exactly_its_keys() -> None:
         assert list(row) == ["id", "title", "origin", "source", "experiment", "kind"]
     by_id = {row["id"]: row for row in rows}
     assert by_id["act-all"]["experiment"] == "activations"
-    assert by_id["noisy-bn"]["experiment"] is None
+    assert by_id["adversarial"]["experiment"] is None
     assert json.loads(json.dumps(rows)) == rows
 
 

@@ -451,7 +451,7 @@ def test_list_json_has_all_claims_and_exactly_these_fields(here):
     assert {claim["kind"] for claim in found} == {"statistical", "exact"}
     experiments = {claim["id"]: claim["experiment"] for claim in found}
     assert experiments["act-all"] == "activations"
-    assert experiments["noisy-bn"] is None
+    assert experiments["adversarial"] is None
 
 
 def test_list_reads_well_at_80_columns(here):
@@ -524,7 +524,7 @@ def test_wrong_input_gives_exit_code_2_and_says_what_to_do(here, odd, words, say
     ("words", "says"),
     [
         ("act-al", ["'act-al'", "Did you mean 'act-all'?", "`gammabeta study list`"]),
-        ("noisy-bn", ["no experiment yet", "activations"]),
+        ("adversarial", ["no experiment yet", "activations"]),
         ("--out newer", ["at most 1, got 99", "gammabeta 9.9 or newer"]),
         ("--out file", ["file", "must be a folder"]),
         ("--out file/below", ["file/below", "output"]),

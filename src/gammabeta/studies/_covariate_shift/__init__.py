@@ -1,0 +1,1 @@
+"""What the experiment on covariate shift trains, looks at and compares."""
