@@ -1,6 +1,7 @@
 """The experiment on regularization: dropout where it should be, what is asked for and concluded."""
 
 import itertools
+import math
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ from torch.nn import functional as F
 from gammabeta.studies import _data, regularization
 from gammabeta.studies._claims import claims, overruled
 from gammabeta.studies._nets import MLP
+from gammabeta.studies._regularization import ghosts
 from gammabeta.studies._train import batches, fair_split, pixels, stream
 from tests.simulated import judged, noise, simulate
 
@@ -96,6 +98,27 @@ def test_the_noise_arms_differ_in_their_statistics_alone(norm):
     assert 0 <= last["accuracy"] <= 1
 
 
+def test_the_noise_alone_has_the_moments_of_that_of_ghosts():
+    layer = ghosts.NoisyBatchNorm1d(3, 16, stream(0, "noise"))
+    x = torch.randn(16 * 2000, 3, generator=stream(1, "x"))
+    shift, scale = layer.noise(x)
+    assert torch.equal(shift[:16], shift[:1].expand(16, 3))  # one for each ghost
+    assert not torch.equal(shift[16], shift[0])
+    a, s = x.view(-1, 16, 3).mean(1), x.view(-1, 16, 3).std(1, unbiased=False)
+    torch.testing.assert_close(shift[::16].std(0), a.std(0), rtol=0.1, atol=0)
+    torch.testing.assert_close(scale[::16].log().mean(0), -s.log().mean(0), rtol=0.2, atol=0.01)
+    torch.testing.assert_close(scale[::16].log().std(0), s.log().std(0), rtol=0.1, atol=0)
+
+
+def test_without_ghosts_the_noise_arm_is_bn_and_eval_mode_is_bn():
+    x = torch.randn(64, 5, generator=stream(1, "x")) * 3 + 1
+    noisy, plain = ghosts.NoisyBatchNorm1d(5, 64, stream(0, "noise")), nn.BatchNorm1d(5)
+    # one ghost, the whole batch: mean 0, standard deviation 1, nothing to draw from
+    torch.testing.assert_close(noisy(x), plain(x), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(noisy.eval()(x), plain.eval()(x))
+    assert len(list(noisy.parameters())) == 2
+
+
 def test_a_loss_that_is_none_counts_as_the_worst():
     cell = {"part": "tuning", "group": "noise", "arm": "none", "rate": 1e6}
     *_, last = regularization.measure(cell, 0, "tiny", DIGITS)
@@ -112,7 +135,7 @@ def dropout(with_bn, without=2.0, *, bn_gap=1.0, half_gap=4.0, sd=0.1):
     """The best dropout adds with_bn points with BN and ``without`` without; effects on the gap."""
 
     def rows(cell, seed):
-        if cell["group"] == "noise":
+        if cell["group"] != "dropout":
             return noisy(0.5, 0.5)(cell, seed)
         norm, dose = cell["arm"].split(", ")
         gain = {"bn": with_bn, "none": without}[norm] if dose == BEST[norm] else 0.0
@@ -134,6 +157,8 @@ def noisy(bn, full, sd=0.01):
     """BN saves a share bn of the area of the training loss; without noise a share full."""
 
     def rows(cell, seed):
+        if cell["group"] == "ghost":
+            return ghost(0.3)(cell, seed)
         if cell["group"] == "dropout":
             return dropout(0.0)(cell, seed)
         saved = {"none": 0.0, "bn": bn, "full": full}[cell["arm"]]
@@ -142,6 +167,41 @@ def noisy(bn, full, sd=0.01):
         return [{"step": s, "train_loss": area, **more} for s in (10, 20, 30)]
 
     return rows
+
+
+def ghost(slope, same=0.0, sd=0.02):
+    """The gap grows by so many points per doubling of m; that of the noise arm is off by some."""
+
+    def rows(cell, seed):
+        if cell["group"] != "ghost":
+            return noisy(0.5, 0.5)(cell, seed)
+        m, noise_alone = ghosts.ARMS[cell["arm"]]
+        gap = 5 + slope * math.log2(m) + (same if noise_alone else 0)
+        gap += noise(seed, cell["arm"], sd=sd)
+        held = 95 - gap - abs(cell["rate"] - 0.3)
+        both = {"accuracy": held / 100, "train_accuracy": (held + gap) / 100}
+        return [{"step": s, **both, "diverged": False} for s in (1, 2, 3)]
+
+    return rows
+
+
+@pytest.mark.parametrize(
+    ("slope", "same", "sd", "status"),
+    [
+        (0.3, 0.0, 0.02, "supported"),
+        (0.0, 0.0, 0.02, "refuted"),
+        (-0.3, 1.0, 0.02, "refuted"),
+        (0.3, 1.0, 0.02, "inconclusive"),
+        (0.1, 0.0, 1.0, "inconclusive"),
+    ],
+)
+def test_a_gap_that_grows_with_the_ghost_size_shows_that_noise_regularizes(slope, same, sd, status):
+    found = verdicts(ghost(slope, same, sd))["noise-reg"]
+    assert (found.status, found.published_status) == (status, None)
+    if sd < 0.1:
+        assert found.effect == pytest.approx(slope, abs=0.05)
+    assert {cell["part"] for cell in found.cells} == {"fair", "control"}
+    assert any(note.startswith("Gap (points): m = 4 ") for note in found.notes)
 
 
 @pytest.mark.parametrize(

@@ -3,9 +3,10 @@
 A lecture (Kainz): with batch normalization (BN) no dropout is needed (no-dropout), and what BN
 really does is to regularize by injecting noise (reg-by-noise). An article (Viceroy): BN together
 with dropout is a powerful regularization (bn-plus-dropout), and BN's own part in it is very small
-(reg-small). The first and the third contradict each other: one contrast decides both.
+(reg-small). The first and the third contradict each other: one contrast decides both. All of them
+say that the noise of the statistics regularizes (noise-reg).
 
-Networks: pixels-200-200-10 for dropout, pixels-100-100-10 for noise; ReLU, BN before each
+Networks: pixels-200-200-10 for dropout, pixels-100-100-10 for the others; ReLU, BN before each
 activation in one kind of arms, no bias where it follows, bias 0.1 elsewhere, weights from a
 truncated normal distribution with standard deviation sqrt(2 / fan-in). SGD without momentum, mean
 cross-entropy, PyTorch's defaults for the layer, evaluation by running statistics. Arms that are
@@ -47,6 +48,19 @@ Primary contrast of reg-by-noise: with g = 1 - area / (area of "none"), the shar
 Shown: test accuracy at the end, bn - none and full - none, at these rates. The verdict is about
     training; noise may still be what makes BN generalize.
 
+Ghost batches (group "ghost")
+    2,000 training images, batches of 512, 300 steps (100 epochs), pixels-100-100-10; statistics
+    over ghost batches of m = 4, 16, 64, 512 images; and "noise of 16": statistics of the whole
+    batch and on them, for each ghost of 16 and each channel, a shift and a factor drawn with the
+    means and variances that those of such ghosts have. Each arm at its own best rate, as for
+    dropout.
+Primary contrast of noise-reg: least-squares slope of the gap between training and test accuracy
+    (end of training, points) over log2 m: superiority, delta = 0.1. "Supported" needs the gap of
+    the noise arm within ±0.2 of that of BN at m = 16 as well (equivalence, at least 8 seeds);
+    without it the slope may be owed to something else that small ghosts change, and the verdict
+    is inconclusive. Predicted half-widths 0.05 and 0.1, at most 16 seeds. No other control: the
+    claim is about noise, not about why BN helps.
+
 What its author would call fair. Kainz: BN wins if the best of five dropouts, chosen with labels
     that BN without dropout never needed, adds less than 0.3 points. Viceroy: the dropout was chosen
     for this network, at a rate chosen for it, where it cannot harm a BN behind it. What would
@@ -69,7 +83,7 @@ a demonstration.
 
 Rows: arm fields part, group, arm, rate, and optionally width (a factor on the hidden units);
 `step`, `diverged`; dropout: `accuracy`, `train_accuracy`; noise: `train_loss`, and in the last
-three rows `accuracy`.
+three rows `accuracy`; ghost: as dropout.
 """
 
 import dataclasses
@@ -89,6 +103,7 @@ from gammabeta.studies._data import Images
 from gammabeta.studies._experiments import Cell
 from gammabeta.studies._nets import MLP
 from gammabeta.studies._pairs import Run, Runs, collect, curve, curves
+from gammabeta.studies._regularization import ghosts
 from gammabeta.studies._train import accuracy, batches, fair_split, log_steps, pixels, stream, train
 from gammabeta.studies._tuned import (
     EQUIVALENCE_SEEDS,
@@ -121,7 +136,7 @@ from gammabeta.studies._verdict import (
     superiority,
 )
 
-CLAIMS = ("no-dropout", "bn-plus-dropout", "reg-small", "reg-by-noise")
+CLAIMS = ("no-dropout", "bn-plus-dropout", "reg-small", "reg-by-noise", "noise-reg")
 
 # name of a dropout -> share that is dropped, and whether behind the first activation too
 DOSES = {
@@ -136,7 +151,7 @@ NORMS = ("bn", "none")
 NONE, HALF = "no dropout", "0.5 both"
 DROPOUT = tuple(f"{norm}, {dose}" for norm in NORMS for dose in DOSES)
 NOISE = ("none", "bn", "full")
-GROUPS = {"dropout": DROPOUT, "noise": NOISE}
+GROUPS = {"dropout": DROPOUT, "noise": NOISE, "ghost": tuple(ghosts.ARMS)}
 EVERY = 10  # steps between two looks at the training loss
 WORST = 10.0  # a loss above it, or none at all, counts as this
 _CONTRAST = "best dropout − none, with BN"
@@ -154,6 +169,8 @@ class Plan(NamedTuple):
     noise_size: int
     noise_steps: int
     noise_batch: int
+    ghost_steps: int
+    ghost_batch: int
     seeds: Mapping[str, int]  # by group
     rates: tuple[float, ...]
     images: int  # evaluated at most
@@ -161,11 +178,11 @@ class Plan(NamedTuple):
 
 
 RATES = (0.1, 0.3, 1.0)
-_SEEDS = {"dropout": EQUIVALENCE_SEEDS, "noise": LEAST_SEEDS}
+_SEEDS = {"dropout": EQUIVALENCE_SEEDS, "noise": LEAST_SEEDS, "ghost": EQUIVALENCE_SEEDS}
 PLANS = {
-    "tiny": Plan(300, 10, 100, 100, 10, 32, dict.fromkeys(GROUPS, 1), (0.3,), 500, False),
-    "small": Plan(2000, 800, 128, 1000, 400, 64, _SEEDS, RATES, 10000, True),
-    "full": Plan(2000, 2000, 128, 2000, 1000, 64, _SEEDS, RATES, 10000, True),
+    "tiny": Plan(300, 10, 100, 100, 10, 32, 5, 256, dict.fromkeys(GROUPS, 1), (0.3,), 500, False),
+    "small": Plan(2000, 800, 128, 1000, 400, 64, 300, 512, _SEEDS, RATES, 10000, True),
+    "full": Plan(2000, 2000, 128, 2000, 1000, 64, 1500, 512, _SEEDS, RATES, 10000, True),
 }
 
 
@@ -195,7 +212,10 @@ def cells(budget: str, data: str, seeds: int | None, rows: list[Row]) -> list[Ce
 def expected(budget: str, data: str, seeds: int | None) -> list[Cell]:
     """About what a whole run asks for: no grid grows, half as many seeds more than the least."""
     plan, wanted = PLANS[budget], []
-    guess = {"dropout": [f"{n}, {d}" for n in NORMS for d in (NONE, HALF)], "noise": NOISE}
+    guess = {
+        **GROUPS,
+        "dropout": tuple(f"{norm}, {dose}" for norm in NORMS for dose in (NONE, HALF)),
+    }
     tunings = search({}, GROUPS, plan.rates, grow=False)
     for group, arms in GROUPS.items():
         wanted += wishes(
@@ -218,6 +238,11 @@ def _cell(plan: Plan, wave: int, seed: int, part: str, what: Trained) -> Cell:
         seen = 3.5e-6 * plan.noise_size / EVERY
         cost = plan.noise_steps * (step + seen) + (0.0 if part == "tuning" else 0.1)
         return Cell("regularization", arm, seed, round(cost, 3), wave)
+    if what.group == "ghost":
+        step = {"m = 4": 5.0e-3, "noise of 16": 5.0e-3, "m = 16": 4.2e-3}.get(what.arm, 3.8e-3)
+        seen = min(plan.images, 5000 if part == "tuning" else 10000) + plan.size
+        cost = plan.ghost_steps * step + 1e-5 * seen
+        return Cell("regularization", arm, seed, round(cost, 3), wave)
     norm, dose = what.arm.split(", ")
     step = 1.7e-3 + (0.25e-3 if norm == "bn" else 0.0)
     step += 0.5e-3 if dose.endswith("both") else 0.25e-3 if dose.endswith("last") else 0.0
@@ -227,7 +252,7 @@ def _cell(plan: Plan, wave: int, seed: int, part: str, what: Trained) -> Cell:
 
 def _runs_of(rows: Sequence[Row]) -> Runs:
     """Runs by ``KEYS``; those of group "noise" have minus the area in the place of accuracy."""
-    runs = collect([row for row in rows if row.get("group") == "dropout"], KEYS)
+    runs = collect([row for row in rows if row.get("group") != "noise"], KEYS)
     losses: dict[tuple[Scalar, ...], dict[int, dict[int, Row]]] = {}
     for row in rows:
         if row.get("group") == "noise" and isinstance(row.get("train_loss"), float):
@@ -248,9 +273,9 @@ def _area_run(by_step: Mapping[int, Row]) -> Run:
 
 
 def _main(runs: Runs, best: Best, group: str) -> list[Trained]:
-    """With and without BN: no dropout and the best; dropout of 0.5 without BN. The noise arms."""
-    if group == "noise":
-        return [Trained(group, arm, best[group][arm]) for arm in NOISE]
+    """All arms of a group; of dropout: none and the best, with and without BN; 0.5 without BN."""
+    if group != "dropout":
+        return [Trained(group, arm, best[group][arm]) for arm in GROUPS[group]]
     doses = _doses(runs, best)
     arms = [f"{norm}, {dose}" for norm in NORMS for dose in (NONE, doses[norm])]
     both = dict.fromkeys([*arms, f"none, {HALF}"])
@@ -284,8 +309,18 @@ def _effects(rows: Sequence[Row], part: str, best: Best) -> dict[str, dict[int, 
     """By how much BN, and by how much dropout of 0.5, makes the gap smaller, by seed."""
     if "dropout" not in best:
         return {"BN": {}, "dropout": {}}
-    # The gap takes the place of the accuracy, so that the same code pairs the seeds.
-    gaps = _runs_of(
+    gaps = _gaps(rows)
+    arm = {name: Trained("dropout", name, best["dropout"][name]) for name in DROPOUT}
+    neither = arm[f"none, {NONE}"]
+    return {
+        "BN": minus(gaps, part, neither, arm[f"bn, {NONE}"]),
+        "dropout": minus(gaps, part, neither, arm[f"none, {HALF}"]),
+    }
+
+
+def _gaps(rows: Sequence[Row]) -> Runs:
+    """Runs whose gap takes the place of the accuracy, so that the same code pairs the seeds."""
+    return _runs_of(
         [
             {**row, "accuracy": seen - held}
             for row in rows
@@ -293,12 +328,25 @@ def _effects(rows: Sequence[Row], part: str, best: Best) -> dict[str, dict[int, 
             and isinstance(held := row["accuracy"], float)
         ]
     )
-    arm = {name: Trained("dropout", name, best["dropout"][name]) for name in DROPOUT}
-    neither = arm[f"none, {NONE}"]
-    return {
-        "BN": minus(gaps, part, neither, arm[f"bn, {NONE}"]),
-        "dropout": minus(gaps, part, neither, arm[f"none, {HALF}"]),
+
+
+_SLOPE, _SAME = "gap per doubling of m", f"noise of {ghosts.NOISY} − BN at m = {ghosts.NOISY}"
+
+
+def _ghost(rows: Sequence[Row], part: str, best: Best) -> dict[str, dict[int, float]]:
+    """Slope of the gap over log2 of the ghost size, and the noise arm minus BN, by seed."""
+    if "ghost" not in best:
+        return {_SLOPE: {}, _SAME: {}}
+    gaps = _gaps(rows)
+    by = {arm: gaps.get((part, "ghost", arm, best["ghost"][arm]), {}) for arm in GROUPS["ghost"]}
+    shared = sorted(set.intersection(*(set(by_seed) for by_seed in by.values())))
+    x = [math.log2(m) for m in ghosts.SIZES]
+    slopes = {
+        s: statistics.linear_regression(x, [by[f"m = {m}"][s].final for m in ghosts.SIZES]).slope
+        for s in shared
     }
+    noise, bn = (by[arm] for arm in (f"noise of {ghosts.NOISY}", f"m = {ghosts.NOISY}"))
+    return {_SLOPE: slopes, _SAME: {s: noise[s].final - bn[s].final for s in shared}}
 
 
 def _small(effects: Mapping[str, Mapping[int, float]]) -> dict[int, float]:
@@ -325,19 +373,25 @@ def _noise(saved: Mapping[str, Mapping[int, float]]) -> dict[int, float]:
 
 def _planned(runs: Runs, rows: Sequence[Row], best: Best, group: str) -> int | None:
     """Seeds that the pilot asks for, None before it is complete."""
-    pilot = (
-        {"reg-by-noise": _noise(_saved(runs, "pilot", best))}
-        if group == "noise"
-        else {
-            "no-dropout": _gain(runs, "pilot", best, "bn"),
-            "reg-small": _small(_effects(rows, "pilot", best)),
+    limits = {claim: claims()[claim].thresholds for claim in CLAIMS}
+    pilot: dict[str, tuple[dict[int, float], float]]
+    if group == "noise":
+        noise = _noise(_saved(runs, "pilot", best))
+        pilot = {"noise": (noise, limits["reg-by-noise"]["delta"])}
+    elif group == "ghost":
+        ghost, of = _ghost(rows, "pilot", best), limits["noise-reg"]
+        pilot = {"slope": (ghost[_SLOPE], of["delta"]), "same": (ghost[_SAME], of["same"])}
+    else:
+        small = _small(_effects(rows, "pilot", best))
+        pilot = {
+            "gain": (_gain(runs, "pilot", best, "bn"), limits["no-dropout"]["delta"]),
+            "small": (small, limits["reg-small"]["delta"]),
         }
-    )
-    if not complete(pilot):
+    if not complete({name: values for name, (values, _) in pilot.items()}):
         return None
     return max(
-        planned_n(values.values(), claims()[claim].thresholds["delta"], LEAST_SEEDS, MOST_SEEDS)
-        for claim, values in pilot.items()
+        planned_n(values.values(), delta, LEAST_SEEDS, MOST_SEEDS)
+        for values, delta in pilot.values()
     )
 
 
@@ -378,8 +432,22 @@ def dropout_net(pixels: int, arm: str, seed: int, width: float = 1.0) -> MLP:
 
 def measure(arm: Mapping[str, Scalar], seed: int, budget: str, data: Images) -> Iterator[Row]:
     """Train one network."""
+    plan, part = PLANS[budget], str(arm["part"])
+    if arm["group"] == "ghost":
+        return ghosts.measure(
+            str(arm["arm"]),
+            float(arm["rate"] or 0.0),
+            seed,
+            data,
+            validation=part == "tuning",
+            size=plan.size,
+            steps=plan.ghost_steps,
+            batch=plan.ghost_batch,
+            images=plan.images,
+            width=float(arm.get("width") or 1.0),
+        )
     measured = {"dropout": _dropout, "noise": _noisy}[str(arm["group"])]
-    return measured(arm, seed, PLANS[budget], data)
+    return measured(arm, seed, plan, data)
 
 
 def _noisy(arm: Mapping[str, Scalar], seed: int, plan: Plan, data: Images) -> Iterator[Row]:
@@ -514,7 +582,52 @@ def judge(rows: list[Row]) -> list[Verdict]:
         )
     )
     found.append(_noise_verdict(rows, runs, best, setting, about["noise"]))
+    found.append(_ghost_verdict(rows, runs, best, setting, about["ghost"]))
     return found
+
+
+def _ghost_verdict(
+    rows: Sequence[Row], runs: Runs, best: Best, setting: Setting, common: Sequence[str]
+) -> Verdict:
+    limits, by, notes = claims()["noise-reg"].thresholds, _ghost(rows, "fair", best), list(common)
+    found = superiority(by[_SLOPE].values(), limits["delta"], LEAST_SEEDS)
+    same = equivalence(by[_SAME].values(), limits["same"], EQUIVALENCE_SEEDS)
+    if found.status == "supported" and same.status != "supported":
+        reason = f"noise of the same size is not shown to do the same: {same.status}"
+        found = dataclasses.replace(
+            found, status="inconclusive", reason=reason, n_needed=same.n_needed
+        )
+    if same.interval:
+        notes.append(f"Gap, {_SAME}: {span(same.interval)} points, {same.status}.")
+    for name, key in (("Gap", _gaps(rows)), ("Test accuracy", runs)):
+        means = []
+        for arm in GROUPS["ghost"] if "ghost" in best else ():
+            ended = key.get(("fair", "ghost", arm, best["ghost"][arm]), {})
+            if ended:
+                mean = math.fsum(run.final for run in ended.values()) / len(ended)
+                means.append(f"{arm} {mean:.2f}")
+        if means:
+            notes.append(f"{name} (points): {', '.join(means)}.")
+    verdict = fair_verdict(
+        "noise-reg",
+        setting._replace(
+            network=f"MLP 100-100 on {PLANS[setting.budget].size:,} images",
+            unit="points of the gap per doubling of m",
+        ),
+        Words(
+            "the gap between training and test accuracy grows as the noise of the statistics "
+            "falls: {weakest}",
+            "the gap between training and test accuracy does not grow by {delta} points per "
+            "doubling of the ghost size: {refuted}",
+            "the gap between training and test accuracy changes so: {weakest}",
+        ),
+        _alone(_SLOPE, found),
+        pilot={_SLOPE: list(_ghost(rows, "pilot", best)[_SLOPE].values())},
+        planned=_planned(runs, rows, best, "ghost"),
+        notes=notes,
+    )
+    more = shown(_SAME, list(by[_SAME].values()), "control")
+    return dataclasses.replace(verdict, cells=[*verdict.cells, *_as(verdict, more)])
 
 
 def _noise_verdict(

@@ -1,0 +1,1 @@
+"""What the experiment on regularization measures beside its own file."""
