@@ -2,7 +2,9 @@
 
 The claim (smoother) is that of Santurkar et al. 2018, Sections 3.1 and 3.2, repeated by Kathuria:
 along the gradient of a step, with batch normalization (BN), the loss varies less, the gradient
-changes less, and by less per distance. `gammabeta.probes.smoothness` measures all three.
+changes less, and by less per distance. `gammabeta.probes.smoothness` measures all three. Their
+Section 3.3: normalization by other norms, which do not control the variance, does as well
+(lp-norm).
 
 Network: pixels, five layers of 100 units, 10; ReLU, BN before each activation, no bias where it
 follows, bias 0.1 elsewhere, weights from a truncated normal distribution with standard deviation
@@ -37,17 +39,28 @@ Shown: the contrasts at equal training loss. BN learns faster, a smaller loss ha
     values of the looked-at batch's loss that both arms of a seed pass through (the logarithms,
     interpolated over that of the loss). And the source's walk, at each arm's best rate.
 
+Other norms (lp-norm)
+    Two more arms in the place of BN: the mean is subtracted and the rest divided by the mean of its
+    absolute values times sqrt(pi / 2) ("l1"), or by its largest absolute value over sqrt(2 ln m) of
+    m images ("linf"), so that a Gaussian keeps its size; gamma, beta and running statistics as in
+    BN. (l2 is BN.) Area: mean of the loss of the training batch, before its update, at the 30 steps
+    of the looks. Primary contrast: area of the arm minus that of BN, over the mean area that BN
+    saves (none - BN, all seeds): equivalence, ±0.2, for both. Positive control: BN - none, share of
+    the area of none that BN saves, superiority, 0.1. At least 8 seeds.
+
 What its author would call fair: all three of the source's quantities, in its own setting too, and
 the scale-free ones only beside. What would embarrass us: a verdict that turns at equal loss, or
 one that is owed to distances at which every network is linear, or none.
 
-Changed against the registry: delta; 4 distances of each walk; no sigmoid network. `tiny` tries the
+Changed against the registry: delta; 4 distances of each walk; no sigmoid and no linear network; all
+arms with at least 8 seeds, since they share runs and one claim is an equivalence. `tiny` tries the
 wiring with two looks; it decides nothing. On the bundled digits each seed splits the 1,797 images
 anew: a demonstration.
 
-Rows: arm fields part ("tuning", "fair", "pilot", "published"), group, arm ("bn", "none"), rate, and
-optionally width (a factor on the hidden units). A look: `step`, `loss` (of the batch), `range`,
-`change`, `beta` (scale-free), `raw_range`, `raw_change`, `raw_beta`. The last three: `accuracy`.
+Rows: arm fields part ("tuning", "fair", "pilot", "published"), group, arm ("bn", "none", "l1",
+"linf"), rate, and optionally width (a factor on the hidden units). Every so many steps
+`train_loss`, and of "bn" and "none" a look: `loss` (of its batch), `range`, `change`, `beta`
+(scale-free), `raw_range`, `raw_change`, `raw_beta`. The last three: `accuracy`.
 """
 
 import dataclasses
@@ -57,6 +70,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
+import torch
+from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 from gammabeta._runs import Row, Scalar
@@ -66,7 +81,8 @@ from gammabeta.studies._answer import PLACES, Setting, Words, answer, span
 from gammabeta.studies._claims import claims
 from gammabeta.studies._data import Images
 from gammabeta.studies._experiments import Cell
-from gammabeta.studies._nets import MLP
+from gammabeta.studies._joint import Part, joint
+from gammabeta.studies._nets import MLP, Norm
 from gammabeta.studies._pairs import LABELS, NORMS, collect
 from gammabeta.studies._train import (
     accuracy,
@@ -78,6 +94,7 @@ from gammabeta.studies._train import (
     train,
 )
 from gammabeta.studies._tuned import (
+    EQUIVALENCE_SEEDS,
     KEYS,
     LEAST_SEEDS,
     MOST_SEEDS,
@@ -86,6 +103,7 @@ from gammabeta.studies._tuned import (
     chosen,
     complete,
     diverged_note,
+    fair_verdict,
     minus,
     search,
     shown,
@@ -95,9 +113,10 @@ from gammabeta.studies._tuned import (
 )
 from gammabeta.studies._verdict import Verdict, controlled, planned_n, superiority, universal
 
-CLAIMS = ("smoother",)
+CLAIMS = ("smoother", "lp-norm")
 
-GROUPS = {"deep": NORMS}
+LP = ("l1", "linf")
+GROUPS = {"deep": (*NORMS, *LP)}
 QUANTITIES = {
     "range": "(a) range of the loss",
     "change": "(b) change of the gradient",
@@ -125,8 +144,8 @@ class Plan(NamedTuple):
 RATES = (0.03, 0.1, 0.3, 1.0)
 PLANS = {
     "tiny": Plan(10, 5, 2, (0.1,), 500, False),
-    "small": Plan(600, 20, LEAST_SEEDS, RATES, 10000, True),
-    "full": Plan(1500, 50, LEAST_SEEDS, RATES, 10000, True),
+    "small": Plan(600, 20, EQUIVALENCE_SEEDS, RATES, 10000, True),
+    "full": Plan(1500, 50, EQUIVALENCE_SEEDS, RATES, 10000, True),
 }
 
 Looks = Mapping[int, Row]  # by step
@@ -145,32 +164,32 @@ def cells(budget: str, data: str, seeds: int | None, rows: list[Row]) -> list[Ce
     wanted = wishes(
         GROUPS,
         tunings,
-        [Trained("deep", norm, best["deep"][norm]) for norm in NORMS] if best else None,
+        [Trained("deep", arm, rate) for arm, rate in best["deep"].items()] if best else None,
         least=plan.seeds,
         seeds=seeds,
         pilot=plan.decides,
-        planned=_planned(looks(rows), best),
+        planned=_planned(rows, best),
     )
     return [_cell(plan, *wish) for wish in wanted] + _published(plan, seeds)
 
 
 def expected(budget: str, data: str, seeds: int | None) -> list[Cell]:
-    """About what a whole run asks for: no grid grows, the pilot asks for twice the least seeds."""
+    """About what a whole run asks for: no grid grows, half as many seeds more than the least."""
     plan = PLANS[budget]
     wanted = wishes(
         GROUPS,
         search({}, GROUPS, plan.rates, grow=False),
-        [Trained("deep", norm, plan.rates[0]) for norm in NORMS],
+        [Trained("deep", arm, plan.rates[0]) for arm in GROUPS["deep"]],
         least=plan.seeds,
         seeds=seeds,
         pilot=plan.decides,
-        planned=2 * LEAST_SEEDS,
+        planned=plan.seeds * 3 // 2,
     )
     return [_cell(plan, *wish) for wish in wanted] + _published(plan, seeds)
 
 
 def _published(plan: Plan, seeds: int | None) -> list[Cell]:
-    count = plan.seeds if seeds is None else seeds
+    count = min(plan.seeds, LEAST_SEEDS) if seeds is None else seeds
     return [
         _cell(plan, 1, seed, "published", Trained("deep", norm, PUBLISHED_RATE))
         for seed in range(count)
@@ -181,9 +200,9 @@ def _published(plan: Plan, seeds: int | None) -> list[Cell]:
 def _cell(plan: Plan, wave: int, seed: int, part: str, what: Trained) -> Cell:
     arm: Mapping[str, Scalar] = {"part": part, **what._asdict()}
     # In seconds, about: steps; looks, a step for each distance and more; evaluations.
-    step = 1.9e-3 if what.arm == "bn" else 1.4e-3
+    step = {"none": 1.4e-3, "bn": 1.9e-3}.get(what.arm, 2.5e-3)
     walks = {"tuning": 0, "published": len(DISTANCES)}.get(part, len(DISTANCES) + len(RELATIVE))
-    look = (walks + 2) * 1.5 * step + 0.01 if walks else 0.0
+    look = (walks + 2) * 1.5 * step + 0.01 if walks and what.arm in NORMS else 0.0
     cost = plan.steps * step + plan.steps / plan.every * look + 2e-5 * min(plan.images, 10000)
     return Cell("smoothness", arm, seed, round(cost, 3), wave)
 
@@ -201,7 +220,7 @@ def looks(rows: Sequence[Row]) -> Seen:
 
 def _pair(seen: Seen, part: str, rates: Mapping[str, float]) -> dict[int, tuple[Looks, Looks]]:
     """Looks with and without BN, by seed; none where a rate is missing."""
-    if set(rates) != set(NORMS):
+    if not set(NORMS) <= set(rates):
         return {}
     bn, none = (seen.get((part, *Trained("deep", n, rates[n])), {}) for n in NORMS)
     return {seed: (bn[seed], none[seed]) for seed in sorted(bn.keys() & none.keys())}
@@ -248,16 +267,82 @@ def _log(row: Row, name: str) -> float:
     return math.log(max(value, TINY))
 
 
-def _planned(seen: Seen, best: Best) -> int | None:
+def areas(rows: Sequence[Row], part: str, best: Best) -> dict[str, dict[int, float]]:
+    """Area of the training loss of each arm by seed, for the seeds that all arms have."""
+    found: dict[str, dict[int, dict[int, float]]] = {arm: {} for arm in GROUPS["deep"]}
+    for row in rows:
+        arm, seed, step, loss = row.get("arm"), row["seed"], row["step"], row.get("train_loss")
+        rate = best.get("deep", {}).get(str(arm))
+        ours = (row.get("part"), row.get("group"), row.get("rate")) == (part, "deep", rate)
+        if ours and isinstance(loss, float) and isinstance(seed, int) and isinstance(step, int):
+            found[str(arm)].setdefault(seed, {})[step] = loss
+    shared = sorted(set.intersection(*(set(by_seed) for by_seed in found.values())))
+    return {
+        arm: {seed: statistics.fmean(by_seed[seed].values()) for seed in shared}
+        for arm, by_seed in found.items()
+    }
+
+
+def _norms(area: Mapping[str, Mapping[int, float]]) -> dict[str, dict[int, float]]:
+    """Area of l1 and linf minus that of BN, in mean areas that BN saves."""
+    bn, none = area["bn"], area["none"]
+    saved = statistics.fmean(none[s] - bn[s] for s in bn) if bn else 0.0
+    if saved <= 0:
+        return {arm: {} for arm in LP}
+    return {arm: {s: (area[arm][s] - bn[s]) / saved for s in bn} for arm in LP}
+
+
+def _planned(rows: Sequence[Row], best: Best) -> int | None:
     """Seeds that the pilot asks for, None before it is complete."""
-    pilot = smoother_by(seen, "pilot", best.get("deep", {}))
-    if not complete(pilot):
+    pilot = smoother_by(looks(rows), "pilot", best.get("deep", {}))
+    area = areas(rows, "pilot", best)
+    if not complete(pilot) or not complete(area):
         return None
-    delta = claims()["smoother"].thresholds["delta"]
-    return max(planned_n(v.values(), delta, LEAST_SEEDS, MOST_SEEDS) for v in pilot.values())
+    limits = {claim: claims()[claim].thresholds["delta"] for claim in CLAIMS}
+    wanted = [planned_n(v.values(), limits["smoother"], LEAST_SEEDS, MOST_SEEDS)
+              for v in pilot.values()]  # fmt: skip
+    wanted += [planned_n(v.values(), limits["lp-norm"], EQUIVALENCE_SEEDS, MOST_SEEDS)
+               for v in _norms(area).values() if v]  # fmt: skip
+    return max(wanted)
 
 
 # -- one cell -----------------------------------------------------------------------------------
+
+
+class LpNorm1d(nn.Module):
+    """y = gamma (x - mean) / (size + eps) + beta, by the batch; running mean and size in eval mode.
+
+    size: "l1", sqrt(pi / 2) mean |x - mean|; "linf", max |x - mean| / sqrt(2 ln m), m samples.
+    """
+
+    mean: Tensor
+    size: Tensor
+
+    def __init__(self, width: int, kind: str, *, eps: float = 1e-5, momentum: float = 0.1) -> None:
+        super().__init__()
+        self.kind, self.eps, self.momentum = kind, eps, momentum
+        self.weight, self.bias = nn.Parameter(torch.ones(width)), nn.Parameter(torch.zeros(width))
+        self.register_buffer("mean", torch.zeros(width))
+        self.register_buffer("size", torch.ones(width))
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not self.training:
+            return (x - self.mean) / (self.size + self.eps) * self.weight + self.bias
+        mean = x.mean(0)
+        off = (x - mean).abs()
+        if self.kind == "l1":
+            size = math.sqrt(math.pi / 2) * off.mean(0)
+        else:
+            size = off.amax(0) / math.sqrt(2 * math.log(len(x)))
+        with torch.no_grad():
+            self.mean.lerp_(mean, self.momentum)
+            self.size.lerp_(size, self.momentum)
+        return (x - mean) / (size + self.eps) * self.weight + self.bias
+
+
+def norm_of(arm: str) -> Norm:
+    """What stands before each activation."""
+    return (lambda width: LpNorm1d(width, arm)) if arm in LP else arm == "bn"
 
 
 def measure(arm: Mapping[str, Scalar], seed: int, budget: str, data: Images) -> Iterator[Row]:
@@ -268,7 +353,7 @@ def measure(arm: Mapping[str, Scalar], seed: int, budget: str, data: Images) -> 
     held, labels = pixels(held_x[: plan.images], data.pixel_max), held_y[: plan.images]
     units = round(100 * float(arm.get("width") or 1.0))
     sizes = (held.shape[1], *[units] * 5, 10)
-    net = MLP(sizes, "relu", arm["arm"] == "bn", stream(seed, "weights"))
+    net = MLP(sizes, "relu", norm_of(str(arm["arm"])), stream(seed, "weights"))
     ends = log_steps(plan.steps, 3)[-3:]
     at = range(plan.every, plan.steps + 1, plan.every) if part != "tuning" else ()
     looked = batches(len(train_x), BATCH, stream(seed, "looks"))
@@ -287,7 +372,9 @@ def measure(arm: Mapping[str, Scalar], seed: int, budget: str, data: Images) -> 
         row: Row = {"step": step, "diverged": not math.isfinite(loss)}
         if step in ends:
             row["accuracy"] = accuracy(net, held, labels)
-        if step in at:
+        if step in at and math.isfinite(loss):
+            row["train_loss"] = loss
+        if step in at and arm["arm"] in NORMS:
             index = next(looked)
             batch = pixels(train_x[index], data.pixel_max), train_y[index]
             row |= _look(net, batch, rate, () if part == "published" else RELATIVE)
@@ -357,7 +444,7 @@ def judge(rows: list[Row]) -> list[Verdict]:
         {f"rate {PUBLISHED_RATE:g}, not scale-free": universal(raw, limits["delta"], LEAST_SEEDS)},
         delta=limits["delta"],
         pilot=_named(smoother_by(seen, "pilot", rates)),
-        planned=_planned(seen, best),
+        planned=_planned(rows, best),
         notes=notes,
     )
     beside = {
@@ -372,7 +459,60 @@ def judge(rows: list[Row]) -> list[Verdict]:
     ]
     if verdict.status == "demo":
         more = [{**cell, "status": "demo", "reason": ""} for cell in more]
-    return [dataclasses.replace(verdict, cells=[*verdict.cells, *more])]
+    setting = Setting(
+        "smoothness",
+        budget,
+        data,
+        "MLP of five layers",
+        "each network at its best learning rate",
+        "share of the area of the training loss that batch normalization saves",
+        plan.decides,
+    )
+    return [
+        dataclasses.replace(verdict, cells=[*verdict.cells, *more]),
+        _norms_verdict(rows, best, setting, notes),
+    ]
+
+
+def _norms_verdict(
+    rows: Sequence[Row], best: Best, setting: Setting, common: Sequence[str]
+) -> Verdict:
+    limits = claims()["lp-norm"].thresholds
+    area = areas(rows, "fair", best)
+    notes = [note for note in common if not note.startswith("Positive control")]
+    saved = superiority(
+        [1 - area["bn"][s] / area["none"][s] for s in area["bn"]], limits["control"], LEAST_SEEDS
+    )
+    if saved.interval:
+        notes.append(
+            f"Positive control, share of the area of none that BN saves: {span(saved.interval)}, "
+            f"{saved.status}."
+        )
+    parts = {
+        f"{arm} − BN": Part(list(v.values()), "equivalence", limits["delta"])
+        for arm, v in _norms(area).items()
+    }
+    found = joint(parts, EQUIVALENCE_SEEDS)
+    sizes = {n: abs(c.interval.mean) for n, c in found.cells.items() if c.interval}
+    if sizes:
+        far = max(sizes, key=lambda name: sizes[name])
+        found = dataclasses.replace(found, weakest=far, interval=found.cells[far].interval)
+    pilot = {
+        f"{arm} − BN": list(v.values()) for arm, v in _norms(areas(rows, "pilot", best)).items()
+    }
+    return fair_verdict(
+        "lp-norm",
+        setting,
+        Words(
+            "other norms train as well as batch normalization: farthest is {weakest}",
+            "other norms do not train as batch normalization does: {refuted}",
+            "the area of the training loss differs most for {weakest}",
+        ),
+        controlled(found, saved),
+        pilot=pilot,
+        planned=_planned(rows, best),
+        notes=notes,
+    )
 
 
 def _named(by: Mapping[str, Mapping[int, float]]) -> dict[str, list[float]]:
@@ -386,6 +526,7 @@ def figures(rows: list[Row]) -> list[dict[str, Any]]:
     plan, runs, seen = PLANS[str(rows[0]["budget"])], collect(rows, KEYS), looks(rows)
     where = PLACES.get(str(rows[0]["data"]), str(rows[0]["data"]))
     rates = chosen(search(runs, GROUPS, plan.rates, grow=plan.decides)).get("deep", {})
+    rates = {norm: rates[norm] for norm in NORMS if norm in rates}
     both = [
         (
             "fair",
