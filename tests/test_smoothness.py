@@ -1,9 +1,11 @@
 """The experiment on smoothness: what a look measures, what is asked for and what is concluded."""
 
+import itertools
 import math
 
 import pytest
 import torch
+from scipy import stats
 from torch.nn import functional as F
 
 from gammabeta.studies import _data, smoothness
@@ -115,20 +117,22 @@ def test_a_network_that_has_diverged_has_no_looks():
 # -- made-up rows -----------------------------------------------------------------------------
 
 
-def ratios(scale_free, raw=1.0, helps=1.0, sd=0.05, own=None, faster=0.0, lp=0.0, saves=0.5):
+def ratios(scale_free, raw=1.0, helps=1.0, sd=0.05, own=None, faster=0.0, lp=0.0, saves=0.5,
+           beta=-0.2, accuracy=-0.2):  # fmt: skip
     """Without BN each quantity is exp(scale_free) times larger; ``own`` gives others to some."""
 
     def rows(cell, seed):
-        bn = cell["arm"] == "bn"
+        bn = cell["arm"] != "none"
+        power = math.log2(int(cell["arm"].split()[1])) if cell["part"] == "ghost" else 7
         level = 92 + (helps if bn else 0) - abs(cell["rate"] - 0.1)
-        level += noise(seed, cell["arm"], sd=0.05)
+        level += noise(seed, cell["arm"], sd=0.05) + accuracy * (power - 7)
         found = []
         for step in (20, 40, 60, 80):
             row = {"step": step, "diverged": False, "accuracy": level / 100}
             if cell["part"] != "tuning":
                 area = {"none": 1.0, "bn": 1 - saves}.get(cell["arm"], 1 - saves + lp * saves)
                 row["train_loss"] = area + noise(seed, cell["arm"], "area", sd=0.01)
-            if cell["part"] != "tuning" and cell["arm"] in smoothness.NORMS:
+            if cell["part"] != "tuning" and cell["arm"] not in smoothness.LP:
                 row["loss"] = math.exp(-step / 20 - (faster if bn else 0))
                 for name in smoothness.QUANTITIES:
                     more = (own or {}).get(name, scale_free)
@@ -136,6 +140,8 @@ def ratios(scale_free, raw=1.0, helps=1.0, sd=0.05, own=None, faster=0.0, lp=0.0
                     row[f"raw_{name}"] = math.exp(0 if bn else raw + jitter)
                     # what falls with the loss, as all of them do
                     row[name] = row["loss"] * math.exp(0 if bn else more - faster + jitter)
+                    if name == "beta":
+                        row[name] *= math.exp(beta * (power - 7))
             found.append(row)
         return found
 
@@ -188,6 +194,34 @@ def test_other_norms_do_as_well_where_they_save_as_much(lp, saves, status):
     if saves == 0.5:
         assert found.effect == pytest.approx(lp, abs=0.05)
         assert found.n >= 8
+
+
+@pytest.mark.parametrize(
+    ("beta", "accuracy", "status"),
+    [
+        (-0.2, -0.2, "supported"),
+        (0.2, -0.2, "refuted"),
+        (-0.2, 0.2, "refuted"),
+        (-0.2, 0.0, "inconclusive"),
+    ],
+)
+def test_smaller_ghosts_are_less_smooth_and_better_or_not(beta, accuracy, status):
+    rows, _ = simulate(smoothness, ratios(1.0, beta=beta, accuracy=accuracy))
+    found = judged(smoothness, rows)["ghost-less-smooth"]
+    assert (found.status, found.published_status) == (status, None)
+    assert len(found.cells) == 2
+    assert any(note.startswith("Mean ln beta by m: 4: ") for note in found.notes)
+
+
+def test_the_exact_permutation_test_is_scipys():
+    values = [3.0, 1.0, 2.0, 0.5, 0.7, 0.1]
+    rho, p = smoothness.spearman(values)
+    wanted = stats.spearmanr(range(6), values)
+    assert rho == pytest.approx(wanted.statistic)
+    every = [stats.spearmanr(range(6), v).statistic for v in itertools.permutations(values)]
+    assert p == pytest.approx(sum(r <= rho + 1e-9 for r in every) / 720)
+    assert smoothness.spearman([1.0] * 6) == (0.0, 1.0)
+    assert smoothness.spearman([1, 2, 3, 4, 5, 6])[1] == 1.0
 
 
 def test_where_bn_does_not_help_there_is_nothing_to_explain():
@@ -248,5 +282,5 @@ def test_the_whole_experiment_runs_on_the_digits():
         "digits",
         2,
     )
-    assert {c.arm["part"] for c in asked} == {"tuning", "fair", "published"}
+    assert {c.arm["part"] for c in asked} == {"tuning", "fair", "published", "ghost"}
     assert {v.status for v in judged(smoothness, rows).values()} == {"demo"}

@@ -4,7 +4,8 @@ The claim (smoother) is that of Santurkar et al. 2018, Sections 3.1 and 3.2, rep
 along the gradient of a step, with batch normalization (BN), the loss varies less, the gradient
 changes less, and by less per distance. `gammabeta.probes.smoothness` measures all three. Their
 Section 3.3: normalization by other norms, which do not control the variance, does as well
-(lp-norm).
+(lp-norm). Dimitriou & Arandjelovic 2020: statistics of ghost batches make the loss less smooth and
+generalize better all the same (ghost-less-smooth).
 
 Network: pixels, five layers of 100 units, 10; ReLU, BN before each activation, no bias where it
 follows, bias 0.1 elsewhere, weights from a truncated normal distribution with standard deviation
@@ -48,6 +49,14 @@ Other norms (lp-norm)
     saves (none - BN, all seeds): equivalence, ±0.2, for both. Positive control: BN - none, share of
     the area of none that BN saves, superiority, 0.1. At least 8 seeds.
 
+Ghost batches (part "ghost", for ghost-less-smooth)
+    Statistics over ghosts of m = 4, 8, 16, 32, 64 images, and of the whole batch of 128, all at the
+    best rate of BN, looked at in the same way. Primary contrast: Spearman correlation over the six
+    values of m, of the means over 5 seeds (fixed beforehand), of (i) ln of the scale-free effective
+    beta and (ii) test accuracy at the end. Supported if both fall as m grows with p < 0.05, the
+    exact one-sided permutation test; refuted if either rises with p < 0.05. The effect shown is the
+    larger of the two correlations, its interval that of the seeds' own correlations.
+
 What its author would call fair: all three of the source's quantities, in its own setting too, and
 the scale-free ones only beside. What would embarrass us: a verdict that turns at equal loss, or
 one that is owed to distances at which every network is linear, or none.
@@ -58,12 +67,13 @@ wiring with two looks; it decides nothing. On the bundled digits each seed split
 anew: a demonstration.
 
 Rows: arm fields part ("tuning", "fair", "pilot", "published"), group, arm ("bn", "none", "l1",
-"linf"), rate, and optionally width (a factor on the hidden units). Every so many steps
-`train_loss`, and of "bn" and "none" a look: `loss` (of its batch), `range`, `change`, `beta`
+"linf", "ghost m"), rate, and optionally width (a factor on the hidden units). Every so many steps
+`train_loss`, and but for "l1", "linf" a look: `loss` (of its batch), `range`, `change`, `beta`
 (scale-free), `raw_range`, `raw_change`, `raw_beta`. The last three: `accuracy`.
 """
 
 import dataclasses
+import itertools
 import math
 import statistics
 from collections.abc import Iterator, Mapping, Sequence
@@ -71,10 +81,12 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+from scipy.stats import rankdata
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 from gammabeta._runs import Row, Scalar
+from gammabeta.layers.ghost import GhostBatchNorm1d
 from gammabeta.probes import smoothness
 from gammabeta.probes.step import Step
 from gammabeta.studies._answer import PLACES, Setting, Words, answer, span
@@ -111,9 +123,17 @@ from gammabeta.studies._tuned import (
     tuning_notes,
     wishes,
 )
-from gammabeta.studies._verdict import Verdict, controlled, planned_n, superiority, universal
+from gammabeta.studies._verdict import (
+    Outcome,
+    Verdict,
+    controlled,
+    interval,
+    planned_n,
+    superiority,
+    universal,
+)
 
-CLAIMS = ("smoother", "lp-norm")
+CLAIMS = ("smoother", "lp-norm", "ghost-less-smooth")
 
 LP = ("l1", "linf")
 GROUPS = {"deep": (*NORMS, *LP)}
@@ -124,6 +144,7 @@ QUANTITIES = {
 }
 PUBLISHED_RATE = 0.1
 DISTANCES = (0.5, 1.0, 2.0, 4.0)  # in learning rates
+GHOSTS = (4, 8, 16, 32, 64)
 RELATIVE = (0.003, 0.01, 0.03, 0.1)  # in norms of each weight
 BATCH = 128
 TINY = 1e-12  # a quantity that is smaller, as where the loss has vanished, counts as this
@@ -170,7 +191,8 @@ def cells(budget: str, data: str, seeds: int | None, rows: list[Row]) -> list[Ce
         pilot=plan.decides,
         planned=_planned(rows, best),
     )
-    return [_cell(plan, *wish) for wish in wanted] + _published(plan, seeds)
+    ghost = _ghosts(plan, seeds, best["deep"]["bn"]) if best else []
+    return [_cell(plan, *wish) for wish in wanted] + _published(plan, seeds) + ghost
 
 
 def expected(budget: str, data: str, seeds: int | None) -> list[Cell]:
@@ -185,7 +207,17 @@ def expected(budget: str, data: str, seeds: int | None) -> list[Cell]:
         pilot=plan.decides,
         planned=plan.seeds * 3 // 2,
     )
-    return [_cell(plan, *wish) for wish in wanted] + _published(plan, seeds)
+    ghost = _ghosts(plan, seeds, plan.rates[0])
+    return [_cell(plan, *wish) for wish in wanted] + _published(plan, seeds) + ghost
+
+
+def _ghosts(plan: Plan, seeds: int | None, rate: float) -> list[Cell]:
+    count = min(plan.seeds, LEAST_SEEDS) if seeds is None else seeds
+    return [
+        _cell(plan, 1, seed, "ghost", Trained("deep", f"ghost {m}", rate))
+        for seed in range(count)
+        for m in GHOSTS
+    ]
 
 
 def _published(plan: Plan, seeds: int | None) -> list[Cell]:
@@ -202,7 +234,7 @@ def _cell(plan: Plan, wave: int, seed: int, part: str, what: Trained) -> Cell:
     # In seconds, about: steps; looks, a step for each distance and more; evaluations.
     step = {"none": 1.4e-3, "bn": 1.9e-3}.get(what.arm, 2.5e-3)
     walks = {"tuning": 0, "published": len(DISTANCES)}.get(part, len(DISTANCES) + len(RELATIVE))
-    look = (walks + 2) * 1.5 * step + 0.01 if walks and what.arm in NORMS else 0.0
+    look = (walks + 2) * 1.5 * step + 0.01 if walks and what.arm not in LP else 0.0
     cost = plan.steps * step + plan.steps / plan.every * look + 2e-5 * min(plan.images, 10000)
     return Cell("smoothness", arm, seed, round(cost, 3), wave)
 
@@ -298,7 +330,7 @@ def _planned(rows: Sequence[Row], best: Best) -> int | None:
     area = areas(rows, "pilot", best)
     if not complete(pilot) or not complete(area):
         return None
-    limits = {claim: claims()[claim].thresholds["delta"] for claim in CLAIMS}
+    limits = {claim: claims()[claim].thresholds["delta"] for claim in ("smoother", "lp-norm")}
     wanted = [planned_n(v.values(), limits["smoother"], LEAST_SEEDS, MOST_SEEDS)
               for v in pilot.values()]  # fmt: skip
     wanted += [planned_n(v.values(), limits["lp-norm"], EQUIVALENCE_SEEDS, MOST_SEEDS)
@@ -342,6 +374,9 @@ class LpNorm1d(nn.Module):
 
 def norm_of(arm: str) -> Norm:
     """What stands before each activation."""
+    if arm.startswith("ghost"):
+        size = int(arm.split()[1])
+        return lambda width: GhostBatchNorm1d(width, virtual_batch_size=size)
     return (lambda width: LpNorm1d(width, arm)) if arm in LP else arm == "bn"
 
 
@@ -374,7 +409,7 @@ def measure(arm: Mapping[str, Scalar], seed: int, budget: str, data: Images) -> 
             row["accuracy"] = accuracy(net, held, labels)
         if step in at and math.isfinite(loss):
             row["train_loss"] = loss
-        if step in at and arm["arm"] in NORMS:
+        if step in at and arm["arm"] not in LP:
             index = next(looked)
             batch = pixels(train_x[index], data.pixel_max), train_y[index]
             row |= _look(net, batch, rate, () if part == "published" else RELATIVE)
@@ -471,7 +506,101 @@ def judge(rows: list[Row]) -> list[Verdict]:
     return [
         dataclasses.replace(verdict, cells=[*verdict.cells, *more]),
         _norms_verdict(rows, best, setting, notes),
+        _ghost_verdict(rows, best, setting, notes),
     ]
+
+
+def by_ghost(rows: Sequence[Row], best: Best) -> dict[str, dict[int, list[float]]]:
+    """ln of the scale-free beta, and final accuracy in points, by m; one number for each seed."""
+    rate = best.get("deep", {}).get("bn")
+    runs, seen = collect(rows, KEYS), looks(rows)
+    arms = {m: ("ghost", "deep", f"ghost {m}", rate) for m in GHOSTS}
+    arms[BATCH] = ("fair", "deep", "bn", rate)  # a ghost as large as the batch
+    shared = sorted(set.intersection(*(set(runs.get(a, {})) & set(seen.get(a, {}))
+                                       for a in arms.values())))  # fmt: skip
+    return {
+        "ln beta": {
+            m: [statistics.fmean(_log(r, "beta") for r in seen[a][s].values()) for s in shared]
+            for m, a in arms.items()
+        },
+        "accuracy": {m: [runs[a][s].final for s in shared] for m, a in arms.items()},
+    }
+
+
+def spearman(values: Sequence[float]) -> tuple[float, float]:
+    """Correlation of the ranks with the order, and the exact p of one that is so small or smaller.
+
+    Of all orders of the values; equal values have the mean of their ranks. All equal: 0 and 1.
+
+    >>> spearman([5, 4, 3, 2])
+    (-1.0, 0.041666666666666664)
+    """
+    ranks = rankdata(values) - (len(values) + 1) / 2
+    order = np.arange(len(values)) - (len(values) - 1) / 2
+    scale = math.sqrt(float(ranks @ ranks) * float(order @ order))
+    if scale == 0:
+        return 0.0, 1.0
+    every = np.array(list(itertools.permutations(ranks))) @ order
+    found = float(ranks @ order)
+    return found / scale, float(np.mean(every <= found + 1e-9))
+
+
+def _ghost_verdict(
+    rows: Sequence[Row], best: Best, setting: Setting, common: Sequence[str]
+) -> Verdict:
+    level = claims()["ghost-less-smooth"].thresholds["p"]
+    notes = [note for note in common if not note.startswith("Positive control")]
+    notes.append(f"Ghost sizes {', '.join(str(m) for m in (*GHOSTS, BATCH))}; 5 seeds, no pilot.")
+    cells: dict[str, Outcome] = {}
+    for name, by_m in by_ghost(rows, best).items():
+        count = min(len(values) for values in by_m.values())
+        if count < LEAST_SEEDS:
+            cells[name] = Outcome("inconclusive", None, f"{count} of at least {LEAST_SEEDS} seeds")
+            continue
+        means = [statistics.fmean(values) for values in by_m.values()]
+        rho, falls = spearman(means)
+        _, rises = spearman([-mean for mean in means])
+        status = "supported" if falls < level else "refuted" if rises < level else "inconclusive"
+        reason = f"correlation of the means {rho:+.2f}, p = {falls:.3f}"
+        own = [spearman(one)[0] for one in zip(*by_m.values(), strict=True)]
+        cells[name] = Outcome(status, interval(own), reason, p=min(1.0, 2 * falls))
+        each = ", ".join(f"{m}: {mean:.2f}" for m, mean in zip(by_m, means, strict=True))
+        notes.append(f"Mean {name} by m: {each}; {reason} (falls), {rises:.3f} (rises).")
+    statuses = {cell.status for cell in cells.values()}
+    status = (
+        "refuted" if "refuted" in statuses
+        else "supported" if statuses == {"supported"} else "inconclusive"
+    )  # fmt: skip
+    means_of = {n: c.interval.mean for n, c in cells.items() if c.interval}
+    weakest = max(means_of, key=lambda name: means_of[name]) if means_of else None
+    ps = [cell.p for cell in cells.values() if cell.p is not None]
+    verdict = answer(
+        "ghost-less-smooth",
+        setting._replace(
+            condition="all ghost sizes at the best rate of the whole batch",
+            unit="Spearman correlation with m",
+        ),
+        Words(
+            "with smaller ghosts effective beta is larger and test accuracy higher: {weakest}",
+            "with smaller ghosts effective beta is not larger, or test accuracy not higher: "
+            "{refuted}",
+            "correlations with the ghost size are at most {weakest}",
+        ),
+        Outcome(
+            status,
+            cells[weakest].interval if weakest else None,
+            "; ".join(f"{name}: {cell.reason}" for name, cell in cells.items()),
+            cells=cells,
+            weakest=weakest,
+            p=max(ps) if len(ps) == len(cells) else None,
+        ),
+        {},
+        delta=level,
+        pilot={},
+        planned=None,
+        notes=notes,
+    )
+    return dataclasses.replace(verdict, published_status=None, delta=None)
 
 
 def _norms_verdict(
