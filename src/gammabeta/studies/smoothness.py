@@ -232,7 +232,7 @@ def _published(plan: Plan, seeds: int | None) -> list[Cell]:
 def _cell(plan: Plan, wave: int, seed: int, part: str, what: Trained) -> Cell:
     arm: Mapping[str, Scalar] = {"part": part, **what._asdict()}
     # In seconds, about: steps; looks, a step for each distance and more; evaluations.
-    step = {"none": 1.4e-3, "bn": 1.9e-3}.get(what.arm, 2.5e-3)
+    step = {"none": 1.4e-3, "bn": 1.9e-3, "l1": 2.5e-3, "linf": 2.5e-3}.get(what.arm, 3.5e-3)
     walks = {"tuning": 0, "published": len(DISTANCES)}.get(part, len(DISTANCES) + len(RELATIVE))
     look = (walks + 2) * 1.5 * step + 0.01 if walks and what.arm not in LP else 0.0
     cost = plan.steps * step + plan.steps / plan.every * look + 2e-5 * min(plan.images, 10000)
@@ -425,7 +425,10 @@ def _look(net: MLP, batch: Any, rate: float, relative: Sequence[float]) -> Row:
     numbers |= {f"raw_{short}": found[name].item() for short, name in names.items()}
     if relative:
         numbers |= {s: found[f"relative_{name}"].item() for s, name in names.items()}
-    return dict(numbers) if all(map(math.isfinite, numbers.values())) else {}
+    if not all(map(math.isfinite, numbers.values())):
+        return {}
+    # Kept rows have a limit of size; no contrast needs more digits.
+    return {name: float(f"{value:.7g}") for name, value in numbers.items()}
 
 
 # -- what it means ------------------------------------------------------------------------------
