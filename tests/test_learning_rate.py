@@ -205,7 +205,7 @@ def test_a_gain_at_the_best_rates_alone_is_supported():
     assert found.n >= 8
     assert found.reported == claims()["bjorck-lr"].reported
     assert [c["part"] for c in found.cells].count("shown") == 4
-    assert "Learning rates chosen (deep): bn 0.3, none 0.1." in found.notes
+    assert "Learning rates chosen (deep): bn at 0.3; none at 0.1." in found.notes
 
 
 def test_a_gain_at_the_small_rate_refutes():

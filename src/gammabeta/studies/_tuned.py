@@ -108,16 +108,14 @@ def complete(pilot: Mapping[str, Mapping[int, float]]) -> bool:
     return bool(pilot) and all(set(PILOT_SEEDS) <= by_seed.keys() for by_seed in pilot.values())
 
 
-def tuning_notes(
-    tunings: Mapping[str, Tuning], budget: str, *, decides: bool, name: str = "{arm}"
-) -> list[str]:
-    """What a reader must know of the search; ``name`` has {group} and {arm}."""
+def tuning_notes(tunings: Mapping[str, Tuning], budget: str, *, decides: bool) -> list[str]:
+    """What a reader must know of the search."""
     notes = []
     for group, tuning in tunings.items():
         where = f" ({group})" if len(tunings) > 1 else ""
         if tuning.best is not None:
-            said = [f"{name.format(group=group, arm=a)} {r:g}" for a, r in tuning.best.items()]
-            notes.append(f"Learning rates chosen{where}: {', '.join(said)}.")
+            said = "; ".join(f"{arm} at {rate:g}" for arm, rate in tuning.best.items())
+            notes.append(f"Learning rates chosen{where}: {said}.")
         if tuning.missing:
             notes.append(f"Missing: {tuning.missing} tuning runs{where}; nothing to compare.")
         elif tuning.at_edge and decides:
