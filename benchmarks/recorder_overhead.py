@@ -67,8 +67,8 @@ def perceptron() -> nn.Module:
 # name -> network, shape of a batch, steps of a run, rounds
 Case = tuple[Callable[[], nn.Module], tuple[int, ...], int, int]
 CASES: dict[str, Case] = {
-    "M2 (784-100-100-10), batch 64": (perceptron, (64, 784), 3000, 15),
-    "ResNet-20, 32x32, batch 16": (ResNet20, (16, 3, 32, 32), 200, 5),
+    "M2 (784-100-100-10), batch 64": (perceptron, (64, 784), 3000, 11),
+    "ResNet-20, 32x32, batch 16": (ResNet20, (16, 3, 32, 32), 300, 5),
 }
 
 
