@@ -52,7 +52,7 @@ SERIAL = 32768  # elements, below which a second thread costs more than it saves
 _RUN = 32768  # bytes that lie side by side, at least, in what a thread reads
 _CACHE = 1_200_000  # bytes of a block, at most, as long as it is not one channel
 _STRIP = 1 << 18  # bytes in a strip
-_HUGE = 4 << 20  # bytes, from which on memory is asked for in large pages
+_HUGE = 1 << 20  # bytes, from which on memory is asked for in large pages
 
 
 class Operands(NamedTuple):

@@ -82,10 +82,13 @@ def together() -> bool:
 
 
 def advise(address: int, size: int) -> None:
-    """Ask for large pages under fresh memory, where the system gives them on request."""
+    """Ask for large pages under fresh memory, where the system gives them on request.
+
+    Those that it shares with its neighbours too: of some MB between two others few are whole.
+    """
     if _madvise is not None:
-        first = -(-address // _PAGE) * _PAGE
-        _madvise(first, max(0, (address + size) // _PAGE * _PAGE - first), _HUGEPAGE)
+        first = address // _PAGE * _PAGE
+        _madvise(first, -(-(address + size) // _PAGE) * _PAGE - first, _HUGEPAGE)
 
 
 _PAGE, _HUGEPAGE = 1 << 21, 14  # bytes of a large page; Linux's MADV_HUGEPAGE
