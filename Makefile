@@ -8,7 +8,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet -c const
 
 # Every activation, Jacobians, vanishing gradients: those of the headline claims that fit.
 study: .venv/study.stamp          ## the main job: headline claims, decided in under five minutes
-	@$(BIN)/gammabeta study run act-all jacobian-one vanishing-depth --out runs/headline
+	@$(BIN)/gammabeta study run act-all jacobian-one vanishing-depth --deadline 240 --out runs/headline
 
 study-all: .venv/study.stamp      ## every experiment at budget small
 	@$(BIN)/gammabeta study run all --out runs/all
