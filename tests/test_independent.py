@@ -151,6 +151,8 @@ def test_the_verdicts_agree_with_a_plain_script(script):
     folder = os.environ.get(VARIABLE)
     if script in NEED_IMAGES and not folder:
         pytest.skip(f"needs MNIST: set {VARIABLE}")
+    if script in NEED_IMAGES and not os.environ.get("GAMMABETA_SLOW"):
+        pytest.skip("trains for a minute: set GAMMABETA_SLOW=1")
     tree = ast.parse(source(script))
     first = next(
         node.args[0].value

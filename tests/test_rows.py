@@ -9,7 +9,6 @@ import subprocess
 import sys
 import tracemalloc
 import zlib
-from collections import Counter
 from pathlib import Path
 
 import numpy as np
@@ -524,18 +523,3 @@ def test_committed_rows_are_small_and_read_well():
     for file in committed():
         assert file.stat().st_size <= _runs.MAX_PACKED
         assert _runs.read_packed(file)
-
-
-@needs_rows
-@pytest.mark.parametrize("file", committed(), ids=lambda file: file.name.split(".")[0])
-def test_sign_flips_of_the_committed_rows_are_rarely_supported(file):
-    """1,000 draws in which no arm is the better one: the experiment's own judge finds none."""
-    experiment = _run.experiments()[file.name.removesuffix(".jsonl.gz")]
-    cells = _judge.select(_runs.read_packed(file), experiment.code, "small", "mnist").cells
-    if len({cell.spec["arm"].get("norm") for cell in cells} - {None}) != 2:
-        pytest.skip("these cells are no pairs with and without batch normalization")
-    supported: Counter[str] = Counter()
-    for draw in range(1000):
-        rows = _judge.sign_flipped(cells, "norm", random.Random(draw))
-        supported.update(v.claim for v in experiment.judge(rows) if v.status == "supported")
-    assert all(count <= 64 for count in supported.values()), supported

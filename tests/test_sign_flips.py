@@ -6,6 +6,7 @@ normalization (their rows change places) or differences measured within a cell (
 """
 
 import math
+import os
 import random
 import time
 from pathlib import Path
@@ -22,6 +23,8 @@ RESULTS = Path(__file__).parents[1] / "results"
 DRAWS = 1000
 SECONDS = 60  # of one experiment; a judge that is slower is tried with fewer draws, 100 at least
 PAIRS = {"brn-small": ("brn", "bn")}  # others: with and without batch normalization
+# compares ways of evaluating one network: exchanging networks leaves its effect
+OTHER = {"f-mismatch"}
 
 
 def limit(draws):
@@ -119,12 +122,15 @@ def test_differences_within_a_cell_change_their_sign_together():
 
 
 @pytest.mark.parametrize("experiment", experiments().values(), ids=lambda e: e.id)
+@pytest.mark.skipif(
+    not os.environ.get("GAMMABETA_SLOW"), reason="takes minutes: set GAMMABETA_SLOW=1"
+)
 def test_flipped_kept_rows_are_seldom_supported(experiment):
     path = RESULTS / f"{experiment.id}.jsonl.gz"
     if not path.exists():
         pytest.skip(f"no rows of {experiment.id} are kept in results/ yet")
     known = _claims.claims()
-    claims = [c for c in experiment.CLAIMS if "superiority" in known[c].rule]
+    claims = [c for c in experiment.CLAIMS if c not in OTHER and "superiority" in known[c].rule]
     if not claims:
         pytest.skip(f"{experiment.id} decides no claim of superiority")
     stored = _runs.read_cells([path])
