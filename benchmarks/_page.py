@@ -33,8 +33,7 @@ _TAIL = """## Where the time goes
 - **bfloat16** halves the bytes, not the arithmetic, which here is that of float32: the kernels are
   bound by arithmetic, and floors are no measure of them.
 - **Rows and small images**: with 60 × 100 values the compiled code takes 5 of 80 microseconds. The
-  rest is Python and autograd: an `autograd.Function` that calls the kernels and does nothing else
-  takes 52 there, so that 1.5 times PyTorch's speed is out of reach from Python.
+  rest is Python and autograd.
 - **7 × 7 images**: a channel of a sample is 49 values, three vectors and one value more.
 """
 
