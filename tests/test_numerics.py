@@ -261,3 +261,14 @@ def test_every_test_that_the_document_names_exists():
     assert len(named) > 10
     for file, name in named:
         assert f"def {name}(" in sources[file], f"{file} has no {name}"
+
+
+@pytest.mark.parametrize("shape", [(64, 8), (8, 5, 7, 7)])
+def test_denormal_results_in_bfloat16_are_not_lost(shape):
+    """An instruction of some processors that rounds to bfloat16 gives 0 for them."""
+    x = torch.randn(shape, generator=torch.Generator().manual_seed(0)).bfloat16()
+    weight, bias = torch.full((shape[1],), 1e-39), torch.zeros(shape[1])
+    y, _ = gb.batch_norm(x, weight, bias, backend="cpu")
+    wide, _ = gb.batch_norm(x.float(), weight, bias, backend="cpu")
+    assert (y != 0).float().mean() > 0.9
+    assert torch.equal(y, wide.bfloat16())

@@ -104,7 +104,15 @@ class Kernel(Function):
 
     def _rounded(self, value: Value) -> Value:
         """bfloat16, as 16-bit words."""
-        return value.to(vector(BF16), "fptrunc").to(vector(I16), "bitcast")
+        rounded = self.variable(value.to(vector(BF16), "fptrunc").to(vector(I16), "bitcast"))
+        raw = value.to(vector(I32), "bitcast")
+        size = raw & 0x7FFFFFFF
+        # the processor's own instruction gives 0 for them
+        denormal = (size < 0x00800000) & size.differs(0)
+        with self.when(self.any(denormal)):
+            exact = ((raw + 0x7FFF + ((raw >> 16) & 1)) >> 16).to(vector(I16), "trunc")
+            rounded.set(self.select(denormal, exact, rounded.get()))
+        return rounded.get()
 
     def twice(self, body: Callable[[], None]) -> None:
         """Emit ``body`` for outputs that go past the cache, and for those that stay in it.
