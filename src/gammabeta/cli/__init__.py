@@ -93,6 +93,11 @@ def main(arguments: list[str] | None = None) -> None:
         # An interrupt that came within some exec() (imports do it) makes CPython end by the signal
         # even now that it is handled; the next exec() makes it forget.
         exec("")
+    except SystemExit as error:
+        # What a help page's console makes of a reader who has left (`gammabeta --help | head`).
+        if not isinstance(error.__context__, BrokenPipeError):
+            raise
+        code = FINE
     except OSError as error:
         # Also the reader of our output has left (`| head`): nothing to say, nobody to say it to.
         gone = isinstance(error, BrokenPipeError)

@@ -1,0 +1,33 @@
+"""What the command line shows: tables that read well at 80 columns, and progress on stderr."""
+
+from gammabeta._terminal._figures import published
+from gammabeta._terminal._running import Progress, ended, environment, estimate, kept, status
+from gammabeta._terminal._shared import MARKS, duration, make_console, number
+from gammabeta._terminal._verdicts import (
+    card,
+    claims,
+    multiplicity,
+    notice,
+    other_rules,
+    verdicts,
+)
+
+__all__ = [
+    "MARKS",
+    "Progress",
+    "card",
+    "claims",
+    "duration",
+    "ended",
+    "environment",
+    "estimate",
+    "kept",
+    "make_console",
+    "multiplicity",
+    "notice",
+    "number",
+    "other_rules",
+    "published",
+    "status",
+    "verdicts",
+]

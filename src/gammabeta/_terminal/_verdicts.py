@@ -1,0 +1,214 @@
+"""Claims and their verdicts as tables and sentences."""
+
+from __future__ import annotations
+
+import textwrap
+from collections import Counter
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING
+
+from rich.padding import Padding
+from rich.table import Table
+from rich.text import Text
+
+from gammabeta._terminal._shared import GAP, MARKS, Found, effect, make_console, make_table, mark
+
+if TYPE_CHECKING:
+    from gammabeta.studies._claims import Claim
+    from gammabeta.studies._judge import Multiplicity
+
+MANY = 12  # verdicts; of more, only the headline claims are answered in sentences
+
+
+def _by_topic(listed: Iterable[Claim]) -> Iterator[tuple[str, list[Claim]]]:
+    from gammabeta.studies._claims import TOPICS
+
+    groups: dict[str, list[Claim]] = {topic: [] for topic in TOPICS}
+    for claim in listed:
+        groups[claim.topic].append(claim)
+    return ((topic, group) for topic, group in groups.items() if group)
+
+
+def claims(listed: Collection[Claim]) -> None:
+    """All claims by topic: id, and what a reader would ask."""
+    console = make_console()
+    table = make_table(("", {"no_wrap": True}), ("", {}), header=False)
+    for topic, group in _by_topic(listed):
+        if table.row_count:
+            table.add_row()
+        table.add_row(Text(topic.replace("-", " ").capitalize(), style="bold"))
+        for claim in group:
+            mark = "*" if claim.experiment else " "
+            table.add_row(f"{mark} {claim.id}", claim.question)
+    console.print(table)
+    ready = sum(claim.experiment is not None for claim in listed)
+    console.print()
+    console.print(
+        f"{len(listed)} claims; those with * ({ready}) have an experiment: "
+        "`gammabeta study run CLAIM` decides one, `gammabeta study show CLAIM` tells all about it."
+    )
+
+
+def verdicts(found: Sequence[Found], surprises: Sequence[str], known: Mapping[str, Claim]) -> None:
+    """The verdicts: one row a claim, the answers in sentences, and what surprised."""
+    console = make_console()
+    if not found:
+        console.print("No verdicts yet: there are no finished cells to judge.")
+        return
+    many = len(found) > MANY
+    console.print(_verdict_table(found, known, console.width, by_topic=many))
+    console.print()
+    console.print(_caption(found))
+    told = [verdict for verdict in found if not many or known[verdict["claim"]].headline]
+    for verdict in told:
+        console.print()
+        claim = verdict["claim"]
+        console.print(Text.assemble((claim, "bold"), "  ", known[claim].question))
+        console.print(Padding(Text(verdict["sentence"]), (0, 0, 0, 2)))
+    if many:
+        console.print("\n`gammabeta study show CLAIM` tells each answer in full.")
+    console.print()
+    console.print("What surprised", style="bold")
+    for text in surprises or ["Nothing: every effect points the way that its claim says."]:
+        for verdict in told:  # the answer itself stands above
+            text = text.removesuffix(verdict["sentence"]).rstrip()
+        console.print(Padding(Text(text), (0, 0, 0, 2)))
+
+
+def _verdict_table(
+    found: Sequence[Found], known: Mapping[str, Claim], width: int, by_topic: bool
+) -> Table:
+    budgets = {verdict["budget"] for verdict in found}
+    rows = {
+        verdict["claim"]: (
+            mark(verdict["published_status"]),
+            mark(verdict["status"]),
+            effect(verdict),
+            f"{verdict['n']}",
+            # one budget for all is said below the table, where there is more room
+            verdict["data"] if len(budgets) == 1 else f"{verdict['data']}, {verdict['budget']}",
+        )
+        for verdict in found
+    }
+    heads = ("as published", "fair", "effect [95 %]", "n", "on")
+    widths = [
+        max(len(head), *(len(row[i]) for row in rows.values())) for i, head in enumerate(heads)
+    ]
+    # What is left for the claim and its effect; the interval goes below the effect if it must.
+    left = width - sum(widths) + widths[2] - len(heads) * GAP
+    longest = max(map(len, rows))
+    narrow = longest + widths[2] > left
+    if narrow:
+        widths[2] = max(len(part) for row in rows.values() for part in _halves(row[2]))
+    room = max(8, min(longest, left - widths[2]))
+    table = make_table(
+        ("claim", {"min_width": room}),
+        *((head, {"no_wrap": True, "min_width": w}) for head, w in zip(heads, widths, strict=True)),
+    )
+    table.columns[4].justify = "right"
+
+    def add(claim: str) -> None:
+        published, fair, size, n, on = rows[claim]
+        size = "\n".join(_halves(size)) if narrow else size
+        name = "\n".join(textwrap.wrap(claim, room))  # breaks after a hyphen
+        table.add_row(name, published, fair, size, n, on)
+
+    if not by_topic:
+        for claim in rows:
+            add(claim)
+        return table
+    for topic, group in _by_topic(known[claim] for claim in rows):
+        if table.row_count:
+            table.add_row()
+        table.add_row(Text("\n".join(textwrap.wrap(topic, room)), style="bold"))
+        for one in group:
+            add(one.id)
+    return table
+
+
+def _halves(size: str) -> list[str]:
+    return size.split(" ", 1)
+
+
+def _caption(found: Sequence[Found]) -> str:
+    parts = []
+    if len(found) > 3:
+        counted = Counter(verdict["status"] for verdict in found)
+        kinds = [f"{counted[status]} {status}" for status in MARKS if counted[status]]
+        parts.append(f"{len(found)} claims, in the fair setting {', '.join(kinds)}.")
+    budgets = sorted({verdict["budget"] for verdict in found})
+    if len(budgets) == 1:
+        parts.append(f"Budget {budgets[0]}.")
+    units: dict[str, list[str]] = {}
+    for verdict in found:
+        if verdict["unit"]:
+            units.setdefault(verdict["unit"], []).append(verdict["claim"])
+    if len(units) == 1:
+        parts.append(f"Effects in {next(iter(units))}.")
+    elif units and len(found) <= MANY:
+        lists = [f"Effects in {unit}: {', '.join(names)}." for unit, names in units.items()]
+        return "\n".join([" ".join(parts), *lists]).lstrip()
+    return " ".join(parts)
+
+
+def card(claim: Claim, verdict: Found | None) -> None:
+    """All that is known of one claim: what the registry says, then what the runs say."""
+    console = make_console()
+    console.print(Text.assemble((claim.id, "bold"), "  ", claim.question))
+    table = make_table(("", {"style": "bold", "no_wrap": True}), ("", {}), header=False)
+
+    def add(name: str, text: str | Text) -> None:
+        if text:
+            table.add_row(name, text)
+
+    add("Claim", claim.title)
+    add("Source", claim.source)
+    add("Reported", claim.reported)
+    add("Rule", claim.rule)
+    add("Caveats", claim.caveats)
+    if verdict is None:
+        cure = f"run `gammabeta study run {claim.id}`" if claim.experiment else "no experiment yet"
+        add("Verdict", f"none: {cure}")
+    else:
+        where = f"{verdict['data']}, {verdict['budget']}"
+        size = f"{effect(verdict)} {verdict['unit']}, n = {verdict['n']}, on {where}"
+        add("Published", mark(verdict["published_status"]))
+        add("Fair", mark(verdict["status"]))
+        add("Effect", size)
+        add("Answer", verdict["sentence"])
+        for note in verdict["notes"]:
+            add("Note", note)
+    console.print(Padding(table, (0, 0, 0, 2)))
+
+
+def other_rules(rules: Mapping[str, Mapping[str, float]], known: Mapping[str, Claim]) -> None:
+    """Say that what follows is not the registry's verdict."""
+    changes = [
+        f"{claim}.{key} = {value:g} (in the registry {known[claim].thresholds[key]:g})"
+        for claim, thresholds in rules.items()
+        for key, value in thresholds.items()
+    ]
+    console = make_console()
+    console.print(
+        f"Under another rule: {'; '.join(changes)}. Shown only: what is stored stays as it is."
+    )
+    console.print()
+
+
+def multiplicity(found: Multiplicity) -> None:
+    """How many of the verdicts "supported" chance alone may have given."""
+    judged = sum(p is not None for p, _ in found.family.values())
+    console = make_console()
+    console.print(
+        f"\nOf {found.supported} supported claims at most {found.expected_false:.2f} false ones "
+        f"are to be expected. {found.how} Headline claims with a p-value: {judged} of "
+        f"{len(found.family)}."
+    )
+
+
+def notice(text: str, last: str) -> None:
+    """A paragraph, and after it one whole line that no width breaks."""
+    text = text.removesuffix(last).strip()
+    if text:
+        make_console().print(f"\n{text}")
+    print(last)
