@@ -111,6 +111,7 @@ def answer(
         ],
         notes=own,
         p=fair.p,
+        place=f"{PLACES.get(setting.data, setting.data)}, {setting.network}",
     )
 
 

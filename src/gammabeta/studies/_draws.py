@@ -155,6 +155,14 @@ def verdict(
         else [_cell(n, "shown", interval(v), "demo", "") for n, v in x.items() if len(v) > 1],
         notes=own,
         p=_p([*fair, *control]),
+        place=", ".join(
+            part
+            for part in (
+                PLACES.get(data, data) if question.on_images else "",
+                question.words.where.strip(" ,"),
+            )
+            if part
+        ),
     )
 
 

@@ -343,7 +343,7 @@ class Verdict:
     ``cells`` holds one dict per contrast: name, part, effect, lo, hi, n, status. ``half_width`` is
     the one reached by the effect, ``planned_half_width`` the one predicted from the pilot. An exact
     claim has no smallest effect of interest: its ``delta`` is None. ``p`` is that of the fair
-    outcome.
+    outcome. ``place`` says where it was found: "MNIST, MLP 100-100".
     """
 
     claim: str
@@ -364,6 +364,7 @@ class Verdict:
     cells: list[dict[str, Any]] = dataclasses.field(default_factory=list)
     notes: list[str] = dataclasses.field(default_factory=list)
     p: float | None = None
+    place: str = ""
 
     def __post_init__(self) -> None:
         for status in (self.status, self.published_status):
