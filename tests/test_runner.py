@@ -678,3 +678,16 @@ def test_surprises_are_the_three_strongest_one_for_each_claim():
         "turned: refuted as published, supported in the fair setting. About turned.",
         "wrong: refuted. About wrong.",
     ]
+
+
+def test_a_negative_effect_surprises_only_where_the_claim_says_a_sign():
+    def told(claim, status):
+        return _judge.surprises([verdict_of(claim, status, status, (-0.9, -0.1))])
+
+    assert told("act-all", "refuted") == [
+        "act-all: the effect points the other way. About act-all."
+    ]
+    assert told("f-batch", "supported") == []  # a change of the effect, whatever its sign
+    assert told("minibatch-stats", "supported") == []  # a slope of -1/2
+    assert told("sgd-bn-vs-adam", "inconclusive") == []  # equivalence
+    assert told("sgd-bn-vs-adam", "refuted") == ["sgd-bn-vs-adam: refuted. About sgd-bn-vs-adam."]

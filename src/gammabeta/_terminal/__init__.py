@@ -1,5 +1,7 @@
 """What the command line shows: tables that read well at 80 columns, and progress on stderr."""
 
+from gammabeta._terminal._card import explain
+from gammabeta._terminal._demo import demo, working
 from gammabeta._terminal._figures import published
 from gammabeta._terminal._running import Progress, ended, environment, estimate, kept, status
 from gammabeta._terminal._shared import MARKS, duration, make_console, number
@@ -17,10 +19,12 @@ __all__ = [
     "Progress",
     "card",
     "claims",
+    "demo",
     "duration",
     "ended",
     "environment",
     "estimate",
+    "explain",
     "kept",
     "make_console",
     "multiplicity",
@@ -30,4 +34,5 @@ __all__ = [
     "published",
     "status",
     "verdicts",
+    "working",
 ]

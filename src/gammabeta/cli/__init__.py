@@ -18,6 +18,8 @@ from cyclopts import App, CycloptsError, Parameter, UnusedCliTokensError
 
 from gammabeta import __version__
 from gammabeta.cli._check import check as find_misuse
+from gammabeta.cli._demo import demo
+from gammabeta.cli._explain import explain
 from gammabeta.cli._parts import (
     FAILED,
     FINE,
@@ -42,9 +44,11 @@ app = App(
     version=__version__,
     help_format="plaintext",
     help_epilogue=examples(
-        "study run headline    # decide the headline claims, write a page",
-        "study list            # all claims",
-        "study show act-all    # one claim in full",
+        "demo                     # half a minute, no network needed",
+        "study run headline       # decide the headline claims",
+        "study list               # all claims",
+        "study explain act-all    # one claim in full",
+        "check train:build        # misuse in a model of yours",
         "report runs/a runs/b -o c.html",
     ),
     default_parameter=Parameter(negative=""),
@@ -55,7 +59,19 @@ data = App(
     help="The images that the experiments train on.",
     help_epilogue=examples("data path", "data fetch", "data verify"),
 )
+app.command(
+    demo,
+    help_epilogue=examples("demo", "demo --json"),
+)
 app.command(study)
+study.command(
+    explain,
+    help_epilogue=examples(
+        "study explain act-all              # from the accepted rows",
+        "study explain act-all runs/small   # from a run of yours",
+        "study explain ics-reduced --json",
+    ),
+)
 app.command(
     find_misuse,
     name="check",

@@ -19,6 +19,7 @@ FINE, FAILED, USAGE, INTERRUPTED = 0, 1, 2, 130
 
 Json = Annotated[bool, Parameter(help="Machine-readable.", show_default=False)]
 Runs = Annotated[list[Path] | None, Parameter(consume_multiple=True)]
+Words = Annotated[list[str] | None, Parameter(consume_multiple=True)]
 
 
 class Unusable(Exception):

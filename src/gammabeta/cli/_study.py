@@ -14,6 +14,7 @@ from gammabeta.cli._parts import (
     Json,
     Runs,
     Unusable,
+    Words,
     complain,
     dump,
     examples,
@@ -35,7 +36,6 @@ _HOW = Group("How to run it", sort_key=2)
 _INSTEAD = Group("Instead of a run", sort_key=3)
 # Experiments choose learning rates with the seeds from 800 on: those must decide nothing.
 _SEEDS = validators.Number(gte=1, lte=800)
-Words = Annotated[list[str] | None, Parameter(consume_multiple=True)]
 
 
 @study.command(name="list", help_epilogue=examples("study list", "study list --json"))

@@ -259,23 +259,36 @@ def surprises(verdicts: "Sequence[Verdict]") -> list[str]:
 
     An effect whose interval lies on the other side of zero; a verdict that turns when the
     comparison is made fair; a claim that is refuted; an effect on the other side of zero whose
-    interval includes it. One sentence for each claim.
+    interval includes it. The sign counts only where a claim says which it should be and does not
+    hold. One sentence for each claim.
     """
     found: list[tuple[int, str]] = []
     for verdict in verdicts:
         sentence = verdict.sentence
-        if verdict.ci is not None and verdict.ci[1] < 0:
+        signed = verdict.status not in ("supported", "exact") and _directed(verdict.claim)
+        if signed and verdict.ci is not None and verdict.ci[1] < 0:
             found.append((0, f"{verdict.claim}: the effect points the other way. {sentence}"))
         elif verdict.published_status not in (None, verdict.status):
             turn = f"{verdict.published_status} as published, {verdict.status} in the fair setting"
             found.append((1, f"{verdict.claim}: {turn}. {sentence}"))
         elif verdict.status in ("refuted", "fails"):
             found.append((2, f"{verdict.claim}: {verdict.status}. {sentence}"))
-        elif verdict.effect is not None and verdict.effect < 0:
+        elif signed and verdict.effect is not None and verdict.effect < 0:
             weak = "the effect points the other way, though its interval includes zero"
             found.append((3, f"{verdict.claim}: {weak}. {sentence}"))
     found.sort(key=lambda item: item[0])
     return [sentence for _, sentence in found[:_MOST_SURPRISES]]
+
+
+def _directed(claim: str) -> bool:
+    """Whether the rule of a claim is about the sign of its effect; the registry has the words."""
+    from gammabeta.studies._claims import claims
+
+    known = claims()
+    if claim not in known:
+        return True
+    rule = known[claim].rule.lower()
+    return "superiority" in rule and "equivalence" not in rule
 
 
 def write_derived(run: Path, judged: Judged) -> None:
@@ -293,13 +306,13 @@ def write_derived(run: Path, judged: Judged) -> None:
     head = {"schema": _runs.SCHEMA, "gammabeta": gammabeta.__version__}
     verdicts = {
         **head,
-        "verdicts": [_plain(verdict.to_json()) for verdict in judged.verdicts],
+        "verdicts": [plain(verdict.to_json()) for verdict in judged.verdicts],
         "surprises": judged.surprises,
         "notice": judged.notice,
         "protocols": judged.protocols,
         "multiplicity": judged.multiplicity.to_json() if judged.multiplicity else None,
     }
-    figures = {**head, "figures": _plain(judged.figures)}
+    figures = {**head, "figures": plain(judged.figures)}
     _runs.check_verdicts(verdicts, run / "verdicts.json")
     _runs.check_figures(figures, run / "figures.json")
     if _runs.packed_files(run):
@@ -309,10 +322,10 @@ def write_derived(run: Path, judged: Judged) -> None:
     _runs.write_json(run / "figures.json", figures)
 
 
-def _plain(value: Any) -> Any:
+def plain(value: Any) -> Any:
     """JSON has no infinity: the bound of an interval that is not to be had becomes null."""
     if isinstance(value, Mapping):
-        return {key: _plain(item) for key, item in value.items()}
+        return {key: plain(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
-        return [_plain(item) for item in value]
+        return [plain(item) for item in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value

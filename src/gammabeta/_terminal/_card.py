@@ -1,0 +1,142 @@
+"""The card of one claim: source, protocol, numbers, verdicts, caveats, commands."""
+
+from __future__ import annotations
+
+import textwrap
+from collections.abc import Iterator, Mapping
+from typing import TYPE_CHECKING, Any
+
+from rich.padding import Padding
+from rich.table import Table
+from rich.text import Text
+
+from gammabeta._terminal._shared import MARKS, effect, make_console, make_table, mark, number
+
+if TYPE_CHECKING:
+    from gammabeta.studies._card import Card
+    from gammabeta.studies._provenance import Rule
+    from gammabeta.studies._verdict import Verdict
+
+
+def explain(card: Card) -> None:
+    """All about one claim; what was found stands last, where a terminal shows it."""
+    console = make_console()
+    claim, verdict = card.claim, card.verdict
+    console.print(Text.assemble((claim.id, "bold"), "  ", claim.question))
+
+    def section(name: str) -> None:
+        console.print(f"\n{name}", style="bold")
+
+    def show(*entries: tuple[str, str | Text]) -> None:
+        table = make_table(("", {"no_wrap": True, "min_width": 12}), ("", {}), header=False)
+        for name, text in entries:
+            if text:
+                table.add_row(name, text)
+        console.print(Padding(table, (0, 0, 0, 2)))
+
+    section("Claim")
+    show(("claim", claim.title), ("source", claim.source), ("reported", claim.reported))
+    if card.protocol:
+        section(f"Protocol of the experiment {claim.experiment}")
+        for line in _reflowed(card.protocol, console.width - 2):
+            console.print(f"  {line}".rstrip(), soft_wrap=True)
+    section("Rule")
+    thresholds = ", ".join(f"{key} = {value:g}" for key, value in claim.thresholds.items())
+    show(("rule", claim.rule), ("thresholds", thresholds), ("fixed", _fixed(card.rule)))
+    if verdict is not None:
+        section("Numbers")
+        console.print(Padding(_numbers(verdict), (0, 0, 0, 2)))
+        section("Verdicts")
+        show(
+            ("as published", mark(verdict.published_status)),
+            ("fair", mark(verdict.status)),
+            ("effect", _effect(verdict)),
+            ("precision", _precision(verdict)),
+            ("answer", verdict.sentence),
+            *(("note", note) for note in verdict.notes),
+        )
+    if claim.caveats:
+        section("Caveats")
+        show(("", claim.caveats))
+    if card.missing:
+        section("Missing")
+        show(*(("", text) for text in card.missing))
+    for name, command in (("Make it", card.make), ("Dispute it", card.dispute)):
+        if command:
+            section(name)
+            console.print(f"  {command}", soft_wrap=True)  # one line, to be copied
+
+
+def _fixed(rule: Rule | None) -> str:
+    if rule is None:
+        return ""
+    when = f"in commit {rule.commit[:10]} of {rule.changed}" if rule.commit else "no history"
+    after = "AFTER" if rule.amended else "before"
+    return f"{when}, {after} the first row ({rule.rows_since})"
+
+
+def _numbers(verdict: Verdict) -> Table:
+    right = {"justify": "right", "no_wrap": True}
+    table = make_table(
+        ("contrast", {}),
+        ("effect [95 %]", {"no_wrap": True}),
+        ("n", right),
+        ("", {"no_wrap": True}),
+    )
+    part = None
+    for cell in verdict.cells:
+        if cell.get("part") != part:
+            part = cell.get("part")
+            table.add_row(Text(str(part or ""), style="bold"))
+        status = cell.get("status")
+        table.add_row(
+            f"  {cell.get('name', '')}",
+            effect(_interval(cell)),
+            f"{cell.get('n', '')}",
+            mark(status) if status in MARKS else Text(str(status or "")),
+        )
+    return table
+
+
+def _interval(cell: Mapping[str, Any]) -> dict[str, Any]:
+    lo, hi = cell.get("lo"), cell.get("hi")
+    return {"effect": cell.get("effect"), "ci": None if lo is None or hi is None else (lo, hi)}
+
+
+def _effect(verdict: Verdict) -> str:
+    size = effect(verdict.to_json())
+    least = "" if verdict.delta is None else f"; smallest of interest {verdict.delta:g}"
+    where = f"on {verdict.data}, budget {verdict.budget}"
+    return f"{size} {verdict.unit}{least}; n = {verdict.n}, {where}"
+
+
+def _precision(verdict: Verdict) -> str:
+    if verdict.half_width is None:
+        return ""
+    reached = f"half-width of the interval {number(verdict.half_width)[1:]}"
+    planned = verdict.planned_half_width
+    return reached if planned is None else f"{reached}, planned {number(planned)[1:]}"
+
+
+def _reflowed(text: str, width: int) -> Iterator[str]:
+    """Paragraphs for a narrower page: lines of one indent that follow each other become one."""
+    run: list[str] = []
+
+    def flush() -> Iterator[str]:
+        if run:
+            indent = " " * (len(run[0]) - len(run[0].lstrip()))
+            joined = " ".join(line.strip() for line in run)
+            yield from textwrap.wrap(joined, width, initial_indent=indent, subsequent_indent=indent)
+            run.clear()
+
+    for line in text.splitlines():
+        stripped = line.strip()
+        indent = len(line) - len(stripped)
+        opens = stripped.startswith(("- ", "* "))
+        if not stripped or opens or (run and indent != len(run[0]) - len(run[0].lstrip())):
+            yield from flush()
+        if stripped:
+            run.append(line.rstrip())
+        else:
+            yield ""
+    yield from flush()
