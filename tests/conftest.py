@@ -10,6 +10,21 @@ import torch
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
+# Files that take long: begun first, lest one of two workers be left alone with them at the end.
+LONG = ("independent", "runner", "sync", "cli", "examples", "cluster", "cpu_memory", "cpu_threads")
+
+
+def pytest_configure(config):
+    if hasattr(config.option, "loadscopereorder"):
+        config.option.loadscopereorder = False  # it would begin the files of many tests first
+
+
+def pytest_collection_modifyitems(items):
+    """Files stay together, those of LONG come first."""
+    order = {f"test_{name}.py": place for place, name in enumerate(LONG)}
+    items.sort(key=lambda item: order.get(item.path.name, len(LONG)))
+
+
 @pytest.fixture(autouse=True)
 def _one_thread_and_a_fixed_seed():
     """Two test workers share two cores; a seed makes every failure repeatable."""

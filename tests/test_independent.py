@@ -6,6 +6,7 @@ are some and MNIST is at hand: overlapping intervals, and the same direction whe
 """
 
 import ast
+import functools
 import json
 import os
 import statistics
@@ -40,6 +41,7 @@ NEED_IMAGES = [script for script in SCRIPTS if "mnist(" in source(script)]
 OWN_DATA = [script for script in SCRIPTS if script not in NEED_IMAGES]
 
 
+@functools.cache  # two tests ask for it
 def told(script, *arguments):
     """What a script prints, by claim and cell."""
     done = subprocess.run(
