@@ -1,0 +1,67 @@
+"""A verdict with what is shown beside it, and positive controls: used by several experiments."""
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+
+from gammabeta.studies._answer import Setting, Words, answer, span
+from gammabeta.studies._pairs import NORMS, Runs
+from gammabeta.studies._tuned import LEAST_SEEDS, Trained, minus, shown
+from gammabeta.studies._verdict import Outcome, Verdict, superiority
+
+
+def answered(
+    claim: str,
+    setting: Setting,
+    words: Words,
+    fair: Outcome,
+    published: Mapping[str, Outcome],
+    *,
+    delta: float,
+    pilot: Mapping[str, Sequence[float]],
+    planned: int | None,
+    notes: Sequence[str],
+    beside: Mapping[str, Mapping[int, float]],
+) -> Verdict:
+    """The answer to a claim; ``beside``: contrasts by name and seed that decide nothing.
+
+    Without ``published`` the claim has no verdict as published.
+    """
+    found = answer(
+        claim,
+        setting,
+        words,
+        fair,
+        published,
+        delta=delta,
+        pilot=pilot,
+        planned=planned,
+        notes=notes,
+    )
+    more = [
+        cell for name, by_seed in beside.items() for cell in shown(name, list(by_seed.values()))
+    ]
+    if found.status == "demo":
+        more = [{**cell, "status": "demo", "reason": ""} for cell in more]
+    return dataclasses.replace(
+        found,
+        cells=[*found.cells, *more],
+        published_status=found.published_status if published else None,
+    )
+
+
+def helped(runs: Runs, part: str, group: str, rates: Mapping[str, float], delta: float) -> Outcome:
+    """Positive control: test accuracy with minus without batch normalization, superiority."""
+    if not set(NORMS) <= set(rates):
+        return superiority([], delta, LEAST_SEEDS)
+    both = [Trained(group, norm, rates[norm]) for norm in NORMS]
+    return superiority(minus(runs, part, *both).values(), delta, LEAST_SEEDS)
+
+
+def control_note(control: Outcome) -> list[str]:
+    """What the positive control said."""
+    if control.interval is None:
+        return []
+    return [
+        f"Positive control, test accuracy with − without: {span(control.interval)} points, "
+        f"{control.status}."
+    ]

@@ -1,0 +1,1 @@
+"""Parts of the experiment on simultaneous updates; the protocol is in ``interactions``."""
