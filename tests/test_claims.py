@@ -281,7 +281,7 @@ def test_the_registry_is_back_after_an_error() -> None:
         ("act-al.delta=1", "'act-al'.*Did you mean 'act-all'"),
         ("act-all.alpha=1", "'act-all' has no threshold 'alpha'; it has delta"),
         ("adversarial.delta=1", "'adversarial' has no threshold 'delta'; it has none yet"),
-        ("batch-u.delta=1", "'batch-U' has no threshold 'delta'; it has none yet"),
+        ("batch-u.alpha=1", "'batch-U' has no threshold 'alpha'; it has delta"),
     ],
 )
 def test_a_wrong_rule_is_explained(text: str, message: str) -> None:

@@ -4,7 +4,7 @@ import dataclasses
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from gammabeta.studies._verdict import Outcome, Verdict, planned_n
+from gammabeta.studies._verdict import Outcome, Verdict, controlled, planned_n
 
 
 def alone(name: str, found: Outcome) -> Outcome:
@@ -34,3 +34,9 @@ def asked_for(
 ) -> int:
     """Seeds that a complete pilot asks for: as many as its most uncertain contrast needs."""
     return max(planned_n(by_seed.values(), deltas[n], least, most) for n, by_seed in pilot.items())
+
+
+def all_controlled(found: Outcome, control: Outcome) -> Outcome:
+    """The outcome with its cells, where the positive control is supported; else inconclusive."""
+    cells = {name: controlled(cell, control) for name, cell in found.cells.items()}
+    return dataclasses.replace(controlled(found, control), cells=cells)
