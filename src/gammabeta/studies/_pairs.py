@@ -81,6 +81,7 @@ def tune(
     *,
     grow: bool = True,
     arms: Sequence[str] = NORMS,
+    floor: float = 0.0,
 ) -> Tuning:
     """Choose each arm's learning rate by the mean validation accuracy over the tuning seeds.
 
@@ -92,6 +93,8 @@ def tune(
         trials: runs by (arm, rate) and seed.
         grid: consecutive values of ``LADDER``, if it shall grow.
         arms: the arms that are compared.
+        floor: an arm whose best accuracy lies below it, in percent, is at chance at every rate: the
+            grid does not grow for it.
     """
     rates = sorted(grid)
     while True:
@@ -99,16 +102,18 @@ def tune(
         missing = sum(s not in trials.get((norm, rate), {}) for norm, rate, s in wanted)
         if missing:
             return Tuning(tuple(rates), None, missing, ())
-        best = {}
+        best, learns = {}, []
         for norm in arms:
             tried = {r: [trials[norm, r][s] for s in seeds] for r in rates}
             stable = [r for r in rates if not any(run.diverged for run in tried[r])] or rates
             # max() keeps the first of equals.
             best[norm] = max(stable, key=lambda r: math.fsum(run.final for run in tried[r]))
+            if math.fsum(run.final for run in tried[best[norm]]) >= floor * len(seeds):
+                learns.append(best[norm])
         more = []
-        if grow and rates[-1] in best.values():
+        if grow and rates[-1] in learns:
             more += [r for r in LADDER if r > rates[-1]][:1]
-        if grow and rates[0] in best.values():
+        if grow and rates[0] in learns:
             more += [r for r in LADDER if r < rates[0]][-1:]
         if not more:
             edges = (rates[0], rates[-1])

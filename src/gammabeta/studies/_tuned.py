@@ -40,10 +40,14 @@ class Wish(NamedTuple):
     what: Trained
 
 
-def search(runs: Runs, groups: Groups, rates: Sequence[float], *, grow: bool) -> dict[str, Tuning]:
-    """The state of each group's search, from runs by ``KEYS``."""
+def search(
+    runs: Runs, groups: Groups, rates: Sequence[float], *, grow: bool, floor: float = 0.0
+) -> dict[str, Tuning]:
+    """The state of each group's search, from runs by ``KEYS``; ``floor`` as ``tune`` has it."""
     return {
-        group: tune(trials(runs, group), rates, TUNING_SEEDS, grow=grow, arms=tuple(arms))
+        group: tune(
+            trials(runs, group), rates, TUNING_SEEDS, grow=grow, arms=tuple(arms), floor=floor
+        )
         for group, arms in groups.items()
     }
 

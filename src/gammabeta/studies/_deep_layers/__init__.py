@@ -1,0 +1,1 @@
+"""What the experiment on deep layers trains: networks with heads, and layers over time."""

@@ -1,0 +1,1 @@
+"""The networks of the experiment on depth, and what it measures before any training."""
