@@ -1,0 +1,1 @@
+"""Parts of the experiment on recipes; the protocol is in ``recipe``."""

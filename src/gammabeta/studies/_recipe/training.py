@@ -1,0 +1,76 @@
+"""Training by a recipe: dropout, weight decay, a rate that halves (the protocol is elsewhere)."""
+
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
+
+from gammabeta.studies._nets import MLP
+from gammabeta.studies._train import batches, pixels, stream
+
+
+class Recipe(NamedTuple):
+    """How an arm is trained; the rate is a multiple of the best one of its group's reference."""
+
+    bn: bool
+    factor: float = 1.0
+    activation: str = "relu"
+    dropout: float = 0.0
+    decay: float = 0.0  # of all weight matrices
+    halvings: float = 0.0  # of the rate, over the whole training
+
+
+class Dropped(nn.Module):
+    """Dropout with random numbers of its own; nothing in eval mode."""
+
+    def __init__(self, p: float, generator: torch.Generator) -> None:
+        super().__init__()
+        self.p, self.generator = p, generator
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not self.training:
+            return x
+        kept = torch.rand(x.shape, generator=self.generator) >= self.p
+        return x * kept / (1 - self.p)
+
+
+def network(count: int, recipe: Recipe, seed: int, width: float = 1.0) -> MLP:
+    """The network of an arm; dropout stands before the last layer."""
+    units = round(100 * width)
+    net = MLP((count, units, units, 10), recipe.activation, recipe.bn, stream(seed, "weights"))
+    if recipe.dropout:
+        net.layers.insert(len(net.layers) - 1, Dropped(recipe.dropout, stream(seed, "dropout")))
+    return net
+
+
+def trainings(
+    net: MLP,
+    x: Tensor,
+    y: Tensor,
+    recipe: Recipe,
+    *,
+    pixel_max: int,
+    rate: float,
+    steps: int,
+    seed: int,
+    stops: Sequence[int],
+) -> Iterator[tuple[int, float]]:
+    """SGD with weight decay and a rate that halves; yields step and loss at the stops."""
+    matrices = [p for p in net.parameters() if p.dim() > 1]
+    others = [p for p in net.parameters() if p.dim() == 1]
+    optimizer = torch.optim.SGD(
+        [{"params": matrices, "weight_decay": recipe.decay}, {"params": others}], lr=rate
+    )
+    flat, order = x.flatten(1), batches(len(x), 64, stream(seed, "order"))
+    net.train()
+    for step, index in zip(range(1, steps + 1), order, strict=False):
+        for group in optimizer.param_groups:
+            group["lr"] = rate * 0.5 ** (recipe.halvings * (step - 1) / steps)
+        optimizer.zero_grad()
+        loss = cross_entropy(net(pixels(flat[index], pixel_max)), y[index])
+        loss.backward()  # type: ignore[no-untyped-call]
+        optimizer.step()
+        if step in stops:
+            yield step, loss.item()
