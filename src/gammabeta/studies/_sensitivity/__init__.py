@@ -1,0 +1,1 @@
+"""Parts of the experiment on sensitivity; the protocol is in ``sensitivity``."""
