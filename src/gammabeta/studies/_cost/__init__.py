@@ -1,0 +1,1 @@
+"""What the experiment on costs measures; the protocol is in ``cost``."""
