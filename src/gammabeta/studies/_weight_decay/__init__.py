@@ -1,0 +1,1 @@
+"""What the experiment on weight decay trains; the protocol is in ``weight_decay``."""
