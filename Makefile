@@ -3,12 +3,17 @@ PYTHON ?= python3
 BIN := .venv/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet -c constraints.txt
 
-.PHONY: study study-all test check bench clean
+.PHONY: study robustness study-all test check bench clean
 .DELETE_ON_ERROR:
 
-# Every activation, Jacobians, vanishing gradients: those of the headline claims that fit.
-study: .venv/study.stamp          ## the main job: headline claims, decided in under five minutes
-	@$(BIN)/gammabeta study run act-all jacobian-one vanishing-depth --deadline 240 --out runs/headline
+VARIANTS := fresh-seeds width-half width-double images-small
+
+study: .venv/study.stamp          ## the main job: the twelve headline claims in under five minutes
+	@$(BIN)/gammabeta study run headline --budget brief --deadline 270 --out runs/headline
+
+robustness: .venv/study.stamp     ## the headline claims again: fresh seeds, widths, images; 30 minutes
+	@set -e; for variant in $(VARIANTS); do \
+	    $(BIN)/gammabeta study run headline --data mnist --variant $$variant; done
 
 study-all: .venv/study.stamp      ## every experiment at budget small
 	@$(BIN)/gammabeta study run all --out runs/all
@@ -23,6 +28,10 @@ check: .venv/dev.stamp            ## lint, format, types
 
 bench: .venv/study.stamp          ## time and memory beside PyTorch's own layers
 	@$(BIN)/python -m benchmarks
+
+picture: .venv/dev.stamp          ## the README's picture of the report, from kept rows
+	@$(BIN)/gammabeta study judge results > /dev/null
+	@$(BIN)/python docs/picture.py
 
 clean:                            ## remove what these commands made, runs excepted
 	rm -rf .venv dist build .mypy_cache .pytest_cache .ruff_cache .hypothesis

@@ -487,7 +487,7 @@ def odd(tmp_path):
         ("stduy", ['"stduy"', 'Did you mean "study"?', "`gammabeta --help`"]),
         ("study rnu", ['"rnu"', 'Did you mean "run"?', "`gammabeta study --help`"]),
         ("study run --bugdet tiny", ["--bugdet", "--budget?", "`gammabeta study run --help`"]),
-        ("study run --budget big", ['"big"', '"tiny", "small", "full"']),
+        ("study run --budget big", ['"big"', '"tiny", "brief", "small"', '"full"']),
         ("study run --data cifar", ['"cifar"', '"auto", "mnist", "digits"']),
         ("study run --seeds 0", ['"0"', "--seeds", ">= 1"]),
         ("study run --seeds 801", ['"801"', "--seeds", "<= 800"]),

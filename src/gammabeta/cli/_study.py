@@ -56,13 +56,19 @@ def list_claims(*, json: Json = False) -> int:
         "study run                 # the headline claims, into runs/small",
         "study run act-all --data mnist --seeds 8 -o runs/mine",
         "study run all --dry-run   # how long would it take?",
+        "study run --budget brief  # a quick look at all headline claims: make study",
+        "study run --variant width-half   # does their verdict hold in a variation?",
     )
 )
 def run(
     ids: Words = None,
     /,
     *,
-    budget: Annotated[Literal["tiny", "small", "full"], Parameter(group=_WHAT)] = "small",
+    budget: Annotated[Literal["tiny", "brief", "small", "full"], Parameter(group=_WHAT)] = "small",
+    variant: Annotated[
+        Literal["fresh-seeds", "width-half", "width-double", "images-small"] | None,
+        Parameter(group=_WHAT),
+    ] = None,
     data: Annotated[Literal["auto", "mnist", "digits"], Parameter(group=_WHAT)] = "auto",
     data_dir: Annotated[Path | None, Parameter(group=_WHAT)] = None,
     seeds: Annotated[int | None, Parameter(group=_WHAT, validator=_SEEDS)] = None,
@@ -89,7 +95,11 @@ def run(
     ids
         Claims or experiments (`gammabeta study list`); the sets headline (the default) and all.
     budget
-        tiny: tries the wiring; small: minutes; full: as the source did it.
+        tiny: tries the wiring; brief: a quick look at the headline claims, which decides nothing;
+        small: minutes; full: as the source did it.
+    variant
+        The headline claims at small again, but for the seeds, the width of the networks (half,
+        twice) or the images (14 x 14, turned, with noise); at the rates that were chosen before.
     data
         auto: MNIST where it is to be had, else the bundled digits (a demonstration).
     data_dir
@@ -97,11 +107,11 @@ def run(
     seeds
         Seeds for each arm, at most 800; planned from a pilot unless given.
     out
-        The run folder; runs/BUDGET unless given.
+        The run folder; runs/BUDGET or runs/VARIANT unless given.
     jobs
         Worker processes; one a core unless given.
     deadline
-        Seconds after which nothing new is started; 240 for the set headline.
+        Seconds after which nothing new is started; 240 for the set headline at a budget.
     dask
         tcp://HOST:PORT of a Dask scheduler, whose workers then run the cells.
     force
@@ -115,7 +125,8 @@ def run(
     cell
         Repeat one cell of the run folder alone; its name has 16 digits.
     """
-    out = Path("runs") / budget if out is None else out
+    kind = variant or budget
+    out = Path("runs") / kind if out is None else out
     if cell is not None:
         if ids or dry_run:
             raise Unusable("--cell repeats one cell and takes neither claims nor --dry-run.")
@@ -124,13 +135,16 @@ def run(
         wanted = ids or ["headline"]
         with uninterrupted():
             from gammabeta import _terminal
-            from gammabeta.studies import _claims, _data, _experiments, _judge, _run
+            from gammabeta.studies import _claims, _data, _experiments, _headline, _judge, _run
 
             known = {key: e.CLAIMS for key, e in _experiments.experiments().items()}
         chosen = _claims.resolve(wanted, known)
+        if variant or budget == "brief":
+            for reason in _headline.lacking(chosen, kind):
+                complain(reason)
         settings: dict[str, Any] = {
             "out": out,
-            "budget": budget,
+            "budget": kind,
             "data": data,
             "data_dir": data_dir,
             "jobs": jobs,
@@ -144,7 +158,7 @@ def run(
             if estimate.data == "digits":
                 _terminal.notice(estimate.notice, _data.HOW_TO_GET_MNIST)
             return FINE
-        if deadline is None and wanted == ["headline"]:
+        if deadline is None and wanted == ["headline"] and variant is None:
             deadline = 240.0
         with _terminal.Progress() as progress:
             result = _run.run(
@@ -160,7 +174,7 @@ def run(
         _terminal.ended(result)
         # The page tells of all that the folder holds, the terminal of what was asked for. All is
         # written before the first line is printed: a reader who leaves early loses nothing.
-        judged = _judge.judge([out], budget=budget, data=result.data)
+        judged = _judge.judge([out], budget=kind, data=result.data)
         page, trouble = _keep(out, judged)
         shown = [verdict for verdict in judged.verdicts if verdict.experiment in chosen]
         _terminal.verdicts(
@@ -168,6 +182,8 @@ def run(
         )
         if judged.multiplicity is not None:
             _terminal.multiplicity(judged.multiplicity)
+        if budget == "brief" and variant is None:
+            _terminal.notice(_headline.NOTICE, _headline.DECIDES)
         if page is not None:
             print(f"\nPage: {page}")
         if result.data == "digits":

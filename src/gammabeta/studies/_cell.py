@@ -69,7 +69,7 @@ def _measured(task: Task) -> Outcome:
     log = io.StringIO()
     try:
         elsewhere = task.away or task.owner is not None
-        if elsewhere and _code(task.experiment.id, task.experiment.module) != task.spec["code"]:
+        if elsewhere and _code(task) != task.spec["code"]:
             raise RuntimeError(
                 "The sources must be the same everywhere, and stay as they are while a run lasts, "
                 "but this worker has others. Install the same ones there, and run the same "
@@ -103,10 +103,14 @@ def keep(task: Task, outcome: Outcome) -> Outcome:
     return kept
 
 
-@functools.cache
-def _code(experiment: str, module: str) -> str:
+def _code(task: Task) -> str:
     """The digest of what this process has imported, taken once: later edits do not reach it."""
-    return Experiment(experiment, module).code
+    return _imported(task.experiment.id, task.experiment.module, task.spec["budget"])
+
+
+@functools.cache
+def _imported(experiment: str, module: str, budget: str) -> str:
+    return Experiment(experiment, module).code_of(budget)
 
 
 def measure(task: Task, log: TextIO) -> tuple[list[Row], float, float]:
@@ -234,7 +238,7 @@ def make_spec(
         "seed": seed,
         "budget": budget,
         "data": dict(data),
-        "code": experiment.code,
+        "code": experiment.code_of(budget),
         "versions": dict(versions()),
     }
 

@@ -14,7 +14,14 @@ from gammabeta._runs import Row, Scalar
 from gammabeta.studies._answer import PLACES, listed
 from gammabeta.studies._claims import claims
 from gammabeta.studies._targets import Found, Target, decide, overall, p_value
-from gammabeta.studies._verdict import Interval, Verdict, half_width, interval, planned_n
+from gammabeta.studies._verdict import (
+    Interval,
+    Verdict,
+    enough,
+    half_width,
+    interval,
+    planned_n,
+)
 
 PILOT_SEEDS = (900, 901, 902, 903)
 LEAST_SEEDS, MOST_SEEDS = 5, 16
@@ -171,8 +178,8 @@ def _found(targets: Mapping[str, Target], x: Mapping[str, list[float]], least: i
     for name, target in targets.items():
         v = x.get(measured(name, target), [])
         status, reason = decide(target, v, len(targets))
-        if len(v) < least:
-            status, reason = "inconclusive", f"{len(v)} of at least {least} draws"
+        if len(v) < enough(least):
+            status, reason = "inconclusive", f"{len(v)} of at least {enough(least)} draws"
         found.append(Found(name, target, v, interval(v) if len(v) > 1 else None, status, reason))
     return found
 

@@ -31,12 +31,17 @@ if TYPE_CHECKING:
     from gammabeta.studies._verdict import Verdict
 
 BUDGETS = ("tiny", "small", "full")
+# What takes a budget's place: the headline claims in brief, and run again (see `_headline`).
+BRIEF = "brief"
+VARIATIONS = ("fresh-seeds", "width-half", "width-double", "images-small")
 _PACKAGE = Path(__file__).resolve().parents[1]
 # What decides the numbers of every cell. Not the rules: a new rule leaves the rows as they are.
 _SOURCES = ("moments.py", "ops", "layers", *(f"studies/_{n}.py" for n in ("nets", "train", "data")))
 # Those of an experiment that measures with instruments.
 _INSTRUMENTS = ("probes", "_sites.py", "_guard.py")
 _RULES = ("judge", "figures")
+# That of brief and varied cells, beside their experiment's own.
+_VARIED = ("studies/_variations.py", "studies/_covariate_shift/deep.py")
 
 
 class Cell(NamedTuple):
@@ -94,13 +99,17 @@ class Experiment:
 
     def cells(self, budget: str, data: str, seeds: int | None, rows: list[Row]) -> list[Cell]:
         """What is wanted, given the rows so far; RuntimeError if the experiment breaks its word."""
+        if budget in (BRIEF, *VARIATIONS):
+            from gammabeta.studies import _headline
+
+            return _headline.cells(self, self._load(), budget, data, seeds)
         wanted: list[Cell] = self._call("cells", budget, data, seeds, rows)
         self._check(wanted)
         return wanted
 
     def expected(self, budget: str, data: str, seeds: int | None) -> list[Cell]:
         """About what a whole run will ask for: for estimates only."""
-        if not hasattr(self._load(), "expected"):
+        if budget in (BRIEF, *VARIATIONS) or not hasattr(self._load(), "expected"):
             return self.cells(budget, data, seeds, [])
         wanted: list[Cell] = self._call("expected", budget, data, seeds)
         self._check(wanted)
@@ -109,14 +118,26 @@ class Experiment:
     def measure(
         self, arm: Mapping[str, Scalar], seed: int, budget: str, data: "Images"
     ) -> Iterable[Row]:
+        if budget in (BRIEF, *VARIATIONS):
+            from gammabeta.studies import _variations
+
+            return _variations.measure(self.id, self._load(), arm, seed, budget, data)
         measure: Callable[..., Iterable[Row]] = self._get("measure")
         return measure(arm, seed, budget, data)
 
     def judge(self, rows: list[Row]) -> "list[Verdict]":
+        if rows and rows[0]["budget"] in (BRIEF, *VARIATIONS):
+            from gammabeta.studies import _headline
+
+            return _headline.judge(self, self._load(), rows)
         verdicts: list[Verdict] = self._call("judge", rows)
         return verdicts
 
     def figures(self, rows: list[Row]) -> list[dict[str, Any]]:
+        if rows and rows[0]["budget"] in (BRIEF, *VARIATIONS):
+            from gammabeta.studies import _headline
+
+            return _headline.figures(self, self._load(), rows)
         figures: list[dict[str, Any]] = self._call("figures", rows)
         return figures
 
@@ -146,6 +167,14 @@ class Experiment:
         if spec is None or spec.origin is None:
             raise ImportError(f"The experiment {self.id}: there is no module {self.module}.")
         return code_digest(Path(spec.origin))
+
+    def code_of(self, budget: str) -> str:
+        """The same of a budget's cells: what is done to brief and varied ones enters theirs."""
+        if budget not in (BRIEF, *VARIATIONS):
+            return self.code
+        digest = hashlib.sha256(self.code.encode())
+        _update(digest, _VARIED)
+        return digest.hexdigest()[:16]
 
 
 def experiments() -> dict[str, Experiment]:

@@ -6,7 +6,7 @@ import json
 import math
 import random
 from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -14,7 +14,14 @@ import gammabeta
 from gammabeta import _runs
 from gammabeta._runs import Row, StoredCell
 from gammabeta.studies import _data
-from gammabeta.studies._experiments import BUDGETS, Experiment, choose, experiments
+from gammabeta.studies._experiments import (
+    BRIEF,
+    BUDGETS,
+    VARIATIONS,
+    Experiment,
+    choose,
+    experiments,
+)
 
 if TYPE_CHECKING:
     from gammabeta.studies._verdict import Verdict
@@ -26,6 +33,10 @@ _HOW = (
     "An upper bound, for claims none of which is true: 5 % for each statistical claim outside of "
     "the headline family that was judged (superiority errs at 2.5 %, equivalence and number at "
     "5 %), and 5 % for that family as a whole (Holm). Fair verdicts only."
+)
+_HOW_IN_BRIEF = (
+    "An upper bound, for claims none of which is true: 5 % for each claim that was judged, since "
+    "nothing is corrected here for their number."
 )
 
 
@@ -55,6 +66,7 @@ class Judged(NamedTuple):
     notice: str | None
     protocols: dict[str, str]  # experiment -> its protocol in plain words
     multiplicity: Multiplicity | None = None  # None: nothing was tested
+    varied: Mapping[str, Mapping[str, str]] = {}  # claim -> variation -> status there
 
 
 class Selection(NamedTuple):
@@ -68,9 +80,14 @@ class Selection(NamedTuple):
 
 
 def select(
-    cells: Sequence[StoredCell], code: str, budget: str | None = None, data: str | None = None
+    cells: Sequence[StoredCell],
+    code: str | Callable[[str], str],
+    budget: str | None = None,
+    data: str | None = None,
 ) -> Selection:
     """Choose the cells of one experiment that were made alike: one budget, data set and code.
+
+    `code` is that of the present code, or what tells it from the budget.
 
     Where none is named, MNIST goes before the digits and the larger budget before the smaller.
     Of several code digests the present one is taken, else the newest, with a note.
@@ -88,6 +105,7 @@ def select(
         return key[0] == "mnist", rank, len(groups[key]), key[2]
 
     best = max(groups, key=worth)
+    code = code if isinstance(code, str) else code(best[1])
     notes = [
         f"Not judged here: {len(group)} cells on {name} with the budget {size}."
         for (name, size, digest), group in sorted(groups.items())
@@ -150,7 +168,7 @@ def judge(
     for experiment in chosen:
         if experiment.id not in stored:
             continue
-        selection = select(stored[experiment.id], experiment.code, budget, data)
+        selection = select(stored[experiment.id], experiment.code_of, budget, data)
         if not selection.cells:
             continue
         rows = selection.rows()
@@ -161,8 +179,31 @@ def judge(
         protocols[experiment.id] = inspect.cleandoc(experiment.protocol)
         if selection.cells[0].spec["data"]["name"] == "digits":
             notice = f"{_data.DIGITS_NOTICE} {_data.HOW_TO_GET_MNIST}"
+    from gammabeta.studies import _headline, _holds
+
     verdicts, counted = corrected(verdicts)
-    return Judged(verdicts, figures, surprises(verdicts), notice, protocols, counted)
+    if any(verdict.budget == BRIEF for verdict in verdicts):
+        notice = " ".join(filter(None, (_headline.NOTICE, notice)))
+    varied = _varied(_holds.folders(paths), verdicts, catalogue)
+    if all(verdict.budget in BUDGETS for verdict in verdicts):
+        verdicts = _holds.certain(verdicts, varied)
+    return Judged(verdicts, figures, surprises(verdicts), notice, protocols, counted, varied)
+
+
+def _varied(
+    folders: Sequence[Path],
+    verdicts: "Sequence[Verdict]",
+    catalogue: Mapping[str, Experiment] | None,
+) -> dict[str, dict[str, str]]:
+    """The status of each headline claim in each variation, where rows of it were kept."""
+    ids = list(dict.fromkeys(verdict.experiment for verdict in verdicts if verdict.data == "mnist"))
+    found: dict[str, dict[str, str]] = {}
+    for variation in VARIATIONS if folders else ():
+        for verdict in judge(
+            folders, ids, budget=variation, data="mnist", catalogue=catalogue
+        ).verdicts:
+            found.setdefault(verdict.claim, {})[variation] = verdict.status
+    return found
 
 
 def corrected(verdicts: "Sequence[Verdict]") -> "tuple[list[Verdict], Multiplicity | None]":
@@ -170,7 +211,7 @@ def corrected(verdicts: "Sequence[Verdict]") -> "tuple[list[Verdict], Multiplici
 
     The family is always all headline claims of the registry; those that were not judged, or gave
     no p, count with p = 1. One that is supported alone but not after the correction becomes
-    inconclusive. All other claims stand unadjusted.
+    inconclusive. All other claims stand unadjusted, and so do all in brief and in variations.
     """
     from gammabeta.studies._claims import claims
     from gammabeta.studies._verdict import holm
@@ -182,6 +223,14 @@ def corrected(verdicts: "Sequence[Verdict]") -> "tuple[list[Verdict], Multiplici
     own = {v.claim: _p(v) for v in tested if known[v.claim].headline}
     family = [claim.id for claim in known.values() if claim.headline]
     adjusted = holm({claim: 1.0 if (p := own.get(claim)) is None else p for claim in family})
+    pairs = {
+        claim: (own.get(claim), None if own.get(claim) is None else adjusted[claim])
+        for claim in family
+    }
+    if tested[0].budget not in BUDGETS:
+        count = sum(verdict.status == "supported" for verdict in verdicts)
+        bound = round(_LEVEL * len(tested), 3)
+        return list(verdicts), Multiplicity(pairs, bound, count, _HOW_IN_BRIEF)
     found = []
     for verdict in verdicts:
         p = own.get(verdict.claim)
@@ -202,10 +251,6 @@ def corrected(verdicts: "Sequence[Verdict]") -> "tuple[list[Verdict], Multiplici
     others = sum(
         not known[v.claim].headline and known[v.claim].kind == "statistical" for v in tested
     )
-    pairs = {
-        claim: (own.get(claim), None if own.get(claim) is None else adjusted[claim])
-        for claim in family
-    }
     bound = round(_LEVEL * (others + bool(own)), 3)
     return found, Multiplicity(pairs, bound, sum(v.status == "supported" for v in found), _HOW)
 

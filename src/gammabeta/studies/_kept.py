@@ -1,7 +1,8 @@
 """Rows are kept: those of accepted runs, packed, and the verdicts that follow from them as a page.
 
-`accept` packs the cells of run folders into results/<experiment>.jsonl.gz; `page` makes
-docs/verdicts.md from them, which anybody can make again without training.
+`accept` packs the cells of run folders into results/<experiment>.jsonl.gz, those of variations into
+results/robustness/; `page` makes docs/verdicts.md from them, which anybody can make again without
+training.
 """
 
 from collections.abc import Mapping, Sequence
@@ -10,14 +11,24 @@ from typing import NamedTuple
 
 import gammabeta
 from gammabeta import _runs
-from gammabeta._runs import StoredCell
-from gammabeta.studies import _provenance
-from gammabeta.studies._experiments import BUDGETS, Experiment, choose, experiments
+from gammabeta._runs import Row, StoredCell
+from gammabeta.studies import _holds, _provenance
+from gammabeta.studies._experiments import (
+    BRIEF,
+    BUDGETS,
+    VARIATIONS,
+    Experiment,
+    choose,
+    experiments,
+)
 from gammabeta.studies._judge import Judged, judge, select
 from gammabeta.studies._status import status
+from gammabeta.studies._verdict import Verdict
 
 _THINNED = (0, 60, 40, 30, 20, 15, 12)  # steps that are left of each cell; 0: all of them
 _DATA = "mnist"  # the bundled digits are a demonstration
+_FIGURE_ROWS = ("curve", "spectrum", "influence")  # no figure is drawn of variations
+_DIGITS = 6
 
 
 class Kept(NamedTuple):
@@ -45,7 +56,7 @@ def accept(
     Only cells of the present code, of one budget (the largest unless named) and of one data set;
     they replace those of the same budget there, and others stay. A file that would be too large is
     thinned (see `_runs.thin`) as far as its verdicts stay the same. Nothing is written unless all
-    experiments can be accepted.
+    experiments can be accepted. Folders that hold variations go, lean, into `out`/robustness.
 
     Raises:
         RunError: a folder cannot be read, or what is kept there.
@@ -56,6 +67,9 @@ def accept(
     cells = _runs.read_cells(paths)
     held = sorted({cell.spec["experiment"] for cell in cells} & known.keys())
     chosen = choose(held if ids is None else ids, known)
+    kinds = {cell.spec["budget"] for cell in cells}
+    if budget is None and kinds and kinds <= set(VARIATIONS):
+        return _accept_variations(cells, chosen, out / _holds.FOLDER, data)
     ready = []
     for experiment in chosen:
         own = [cell for cell in cells if cell.spec["experiment"] == experiment.id]
@@ -84,17 +98,63 @@ def accept(
     return found
 
 
+def _accept_variations(
+    cells: Sequence[StoredCell], chosen: Sequence[Experiment], out: Path, data: str
+) -> list[Kept]:
+    """Pack cells of variations; of the variations that they are of they replace what is there."""
+    ready = []
+    for experiment in chosen:
+        own = [cell for cell in cells if cell.spec["experiment"] == experiment.id]
+        new = [
+            cell
+            for variation in VARIATIONS
+            if any(cell.spec["budget"] == variation for cell in own)
+            for cell in _acceptable(experiment, own, variation, data)
+        ]
+        file = out / f"{experiment.id}.jsonl.gz"
+        old = _runs.read_packed(file) if file.exists() else []
+        merged = _merged(old, new)
+        lean = [cell._replace(rows=_lean(cell.rows)) for cell in merged]
+        contents = _runs.pack(lean, gammabeta.__version__)
+        statuses = [[v.status for v in found] for found in _judged(experiment, lean)]
+        if statuses != [[v.status for v in found] for found in _judged(experiment, merged)]:
+            raise ValueError(
+                f"{experiment.id}: rows with {_DIGITS} digits must give the same verdicts, but "
+                "give others. Keep more digits."
+            )
+        ready.append((experiment, contents, len(merged)))
+    found = []
+    for experiment, contents, count in ready:
+        path = _runs.write_packed(out, experiment.id, contents)
+        found.append(Kept(experiment.id, path, count, len(contents), 0, 0))
+    return found
+
+
+def _lean(rows: Sequence[Row]) -> list[Row]:
+    """What verdicts are made of, with few digits; a cell keeps one row at least."""
+    kept = [row for row in rows if row.get("kind") not in _FIGURE_ROWS] or list(rows[:1])
+    return [
+        {k: float(f"{v:.{_DIGITS}g}") if isinstance(v, float) else v for k, v in row.items()}
+        for row in kept
+    ]
+
+
 def _acceptable(
     experiment: Experiment, cells: Sequence[StoredCell], budget: str | None, data: str
 ) -> list[StoredCell]:
-    chosen = select(cells, experiment.code, budget, data).cells
+    chosen = select(cells, experiment.code_of, budget, data).cells
+    if chosen and chosen[0].spec["budget"] == BRIEF:
+        raise ValueError(
+            f"{experiment.id}: accepted rows decide, and those of the budget {BRIEF} are a quick "
+            "look. Run it with the budget small."
+        )
     if not chosen:
         of = f" with the budget {budget}" if budget else ""
         raise ValueError(
             f"{experiment.id}: rows on {data}{of} were expected, but there are none. Only {_DATA} "
             "decides; the bundled digits are a demonstration."
         )
-    if chosen[0].spec["code"] != experiment.code:
+    if chosen[0].spec["code"] != experiment.code_of(chosen[0].spec["budget"]):
         raise ValueError(
             f"{experiment.id}: rows of the present code were expected, got those of other code. "
             "Make them again first: gammabeta study run --refresh."
@@ -137,11 +197,15 @@ def _fitting(
 
 
 def _answers(experiment: Experiment, cells: Sequence[StoredCell]) -> list[object]:
+    return [v.to_json() for found in _judged(experiment, cells) for v in found]
+
+
+def _judged(experiment: Experiment, cells: Sequence[StoredCell]) -> list[list[Verdict]]:
     """The verdicts of each budget."""
-    found: list[object] = []
-    for budget in BUDGETS:
+    found = []
+    for budget in (*BUDGETS, *VARIATIONS):
         rows = [row for cell in cells if cell.spec["budget"] == budget for row in cell.flat()]
-        found += [verdict.to_json() for verdict in experiment.judge(rows)] if rows else []
+        found += [experiment.judge(rows)] if rows else []
     return found
 
 

@@ -46,7 +46,7 @@ def plan(
 
 def stored(cells: Sequence[StoredCell], experiment: Experiment, budget: str, digest: str) -> Stored:
     """Sort cells by whether the present code made them."""
-    code = experiment.code
+    code = experiment.code_of(budget)
     found = Stored([], {}, set(), set())
     for cell in cells:
         spec = cell.spec

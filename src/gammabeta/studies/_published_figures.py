@@ -429,7 +429,7 @@ def of_runs(paths: Sequence[Path]) -> Shown:
         cells = [cell for cell in stored if cell.spec["experiment"] == name]
         if name not in known or not cells:
             continue
-        selection = select(cells, known[name].code, data="mnist")
+        selection = select(cells, known[name].code_of, data="mnist")
         found = curves(selection.rows())
         if found:
             budgets[name] = selection.cells[0].spec["budget"]

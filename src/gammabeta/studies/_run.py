@@ -19,7 +19,14 @@ from gammabeta.studies import _data, _estimate
 from gammabeta.studies._cell import Task, make_spec, measure
 from gammabeta.studies._cluster import connected
 from gammabeta.studies._estimate import Estimate as Estimate
-from gammabeta.studies._experiments import BUDGETS, Experiment, choose, experiments
+from gammabeta.studies._experiments import (
+    BRIEF,
+    BUDGETS,
+    VARIATIONS,
+    Experiment,
+    choose,
+    experiments,
+)
 from gammabeta.studies._experiments import Cell as Cell
 from gammabeta.studies._judge import Judged as Judged
 from gammabeta.studies._judge import judge as judge
@@ -49,6 +56,9 @@ __all__ = [
     "status",
     "write_derived",
 ]
+
+
+_MOST_VARIED = 700  # seeds 100 to 799
 
 
 class Result(NamedTuple):
@@ -96,7 +106,7 @@ def run(
     Args:
         ids: experiments, the most important first.
         out: the run folder; made if it is not there.
-        budget: "tiny", "small" or "full".
+        budget: "tiny", "small" or "full"; or "brief" or a variation, of headline claims alone.
         data: "auto", "mnist" or "digits".
         data_dir: a folder that holds mnist/.
         jobs: worker processes; all cores if None. 1 runs in the caller's process.
@@ -120,6 +130,8 @@ def run(
     own = _check(budget, jobs, seeds)
     _present_claims(out)  # before the images, which may have to be downloaded
     images = _data.load(data, data_dir)
+    if budget == "images-small" and images.name != "mnist":
+        raise ValueError(f"images-small halves the images of MNIST, got {images.name}.")
     deadline = math.inf if deadline_seconds is None else started + deadline_seconds
     where = None if data_dir is None else str(data_dir)
     interrupted = False
@@ -242,8 +254,14 @@ def estimate(
 
 def _check(budget: str, jobs: int | None, seeds: int | None) -> int:
     """Check what `run` and `estimate` share; the number of processes."""
-    if budget not in BUDGETS:
-        raise ValueError(f"budget must be one of {', '.join(BUDGETS)}, got {budget!r}.")
+    kinds = (*BUDGETS, BRIEF, *VARIATIONS)
+    if budget not in kinds:
+        raise ValueError(f"budget must be one of {', '.join(kinds)}, got {budget!r}.")
+    if budget not in BUDGETS and seeds is not None and seeds > _MOST_VARIED:
+        raise ValueError(
+            f"seeds must be at most {_MOST_VARIED} with {budget}, got {seeds}: those from 800 on "
+            "have chosen learning rates."
+        )
     for name, value in (("jobs", jobs), ("seeds", seeds)):
         if value is not None and value < 1:
             raise ValueError(
@@ -337,9 +355,11 @@ def _next_wave(
 
 def _forget_mended(state: State, chosen: Sequence[Experiment]) -> None:
     """Remove failures of older code where the same cell has come right with the present code."""
-    codes = {experiment.id: experiment.code for experiment in chosen}
+    known = {experiment.id: experiment for experiment in chosen}
     for failed in _runs.read_failed([state.out]):
         spec = failed["spec"]
-        code = codes.get(spec["experiment"])
-        if code is not None and _runs.has_cell(state.out, {**spec, "code": code}):
+        experiment = known.get(spec["experiment"])
+        if experiment is None:
+            continue
+        if _runs.has_cell(state.out, {**spec, "code": experiment.code_of(spec["budget"])}):
             _runs.forget_failure(state.out, spec)

@@ -64,7 +64,7 @@ def status(
             broken = {
                 _runs.cell_name(spec)
                 for spec in failed
-                if spec["code"] == experiment.code
+                if spec["code"] == experiment.code_of(budget)
                 and (spec["experiment"], spec["budget"]) == (name, budget)
                 and spec["data"]["digest"] == digest
             } - have.present.keys()

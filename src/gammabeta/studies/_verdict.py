@@ -11,10 +11,12 @@ hold" as an intersection-union test are Berger & Hsu 1996; the step-down correct
 the exact sign-flip test is Fisher 1935.
 """
 
+import contextlib
+import contextvars
 import dataclasses
 import functools
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -343,7 +345,9 @@ class Verdict:
     ``cells`` holds one dict per contrast: name, part, effect, lo, hi, n, status. ``half_width`` is
     the one reached by the effect, ``planned_half_width`` the one predicted from the pilot. An exact
     claim has no smallest effect of interest: its ``delta`` is None. ``p`` is that of the fair
-    outcome. ``place`` says where it was found: "MNIST, MLP 100-100".
+    outcome. ``place`` says where it was found: "MNIST, MLP 100-100". ``certainty`` is A (exact), B
+    (holds in three of four variations at least), C (this setting alone) or D (undecided), "" where
+    it was not asked for; ``variations`` says in how many of them the verdict holds, and in which.
     """
 
     claim: str
@@ -365,6 +369,8 @@ class Verdict:
     notes: list[str] = dataclasses.field(default_factory=list)
     p: float | None = None
     place: str = ""
+    certainty: str = ""
+    variations: str = ""
 
     def __post_init__(self) -> None:
         for status in (self.status, self.published_status):
@@ -384,8 +390,30 @@ def _values(values: Iterable[float], delta: float) -> list[float]:
     return [float(v) for v in values]
 
 
+_ENOUGH: contextvars.ContextVar[int | None] = contextvars.ContextVar("seeds", default=None)
+
+
+@contextlib.contextmanager
+def few_seeds(count: int | None) -> Iterator[None]:
+    """Within the block so many seeds are enough for every rule; None: what each rule asks for.
+
+    For a quick look, that decides nothing.
+    """
+    token = _ENOUGH.set(count)
+    try:
+        yield
+    finally:
+        _ENOUGH.reset(token)
+
+
+def enough(least: int) -> int:
+    """The number of seeds that a rule takes for enough here; see ``few_seeds``."""
+    few = _ENOUGH.get()
+    return least if few is None else min(least, few)
+
+
 def _too_few(x: Sequence[float], least: int) -> Outcome | None:
-    least = max(least, 2)
+    least = max(enough(least), 2)
     if len(x) >= least:
         return None
     measured = interval(x) if len(x) >= 2 else None
