@@ -25,9 +25,12 @@ from types import SimpleNamespace
 import pytest
 from rich.color import Color
 
+import gammabeta as gammabeta_package
 from gammabeta import _runs, _terminal, cli
 from gammabeta.cli import _study
-from gammabeta.studies import _claims, _data, activations
+from gammabeta.studies import _claims, _data, _demo, activations
+
+ROOT = Path(__file__).resolve().parents[1]
 
 LAST = _data.HOW_TO_GET_MNIST
 TINY = ("activations", "--budget", "tiny", "--data", "digits")
@@ -392,6 +395,72 @@ def test_show_tells_of_a_claim_without_any_run(here, tmp_path):
     assert json.loads(here("study", "show", "act-all", "--json", cwd=tmp_path).stdout) == []
 
 
+def test_explain_tells_all_about_a_claim_at_80_columns(here, shared):
+    done = here("study", "explain", "act-all", "runs/tiny", cwd=shared.home)
+    assert (done.returncode, done.stderr) == (0, "")
+    claim = _claims.claims()["act-all"]
+    folded = " ".join(done.stdout.split())
+    for text in (claim.question, claim.title, claim.source, claim.reported, claim.rule):
+        assert text in folded
+    assert "Primary contrast" in folded or "primary contrast" in folded  # the protocol
+    heads = ["Claim", "Protocol of the experiment activations", "Rule", "Numbers", "Verdicts"]
+    heads += ["Missing", "Make it", "Dispute it"]
+    lines = done.stdout.splitlines()
+    assert [line for line in lines if line in heads] == heads
+    commands = [lines[lines.index(head) + 1].strip() for head in heads[-2:]]
+    assert commands == [
+        "gammabeta study run act-all --budget tiny --data digits -o runs/act-all",
+        "gammabeta study judge runs/tiny --set act-all.delta=0.15",
+    ]
+    assert all(len(line) <= 80 for line in lines if line.strip() not in commands)
+    numbers = lines[lines.index("Numbers") : lines.index("Verdicts")]
+    for activation in ("ReLU", "sigmoid", "tanh"):
+        assert any(re.match(rf" +{activation} +[+-]\d", line) for line in numbers)
+    assert "demonstration" in lines[lines.index("Missing") + 1]
+    disputed = here(*shlex.split(commands[1])[1:], cwd=shared.home)
+    assert disputed.stdout.startswith("Under another rule: act-all.delta = 0.15")
+
+
+def test_explain_takes_accepted_rows_first_and_says_where_the_rule_comes_from(
+    here, shared, tmp_path, monkeypatch
+):
+    (tmp_path / "results").mkdir()
+    for name in ("rules.json", "overfitting.jsonl.gz"):
+        shutil.copy(ROOT / "results" / name, tmp_path / "results" / name)
+    shutil.copytree(shared.out, tmp_path / "runs" / "tiny")
+    monkeypatch.setattr(gammabeta_package, "__file__", str(tmp_path / "src/gammabeta/__init__.py"))
+    (found,) = json.loads(here("study", "explain", "bn-overfit", "--json", cwd=tmp_path).stdout)
+    assert found["rows"] == ["results/overfitting.jsonl.gz"]
+    assert found["verdict"]["status"] in ("supported", "refuted", "inconclusive")
+    assert found["verdict"]["data"] == "mnist"
+    assert found["rule"]["commit"] == found["rule"]["commit"].lower() != ""
+    assert "published" in " ".join(found["missing"])
+    text = " ".join(here("study", "explain", "bn-overfit", cwd=tmp_path).stdout.split())
+    assert f"in commit {found['rule']['commit'][:10]}" in text
+    # what is not accepted is taken from the newest run
+    (other,) = json.loads(here("study", "explain", "act-all", "--json", cwd=tmp_path).stdout)
+    assert (other["rows"], other["rule"]) == (["runs/tiny"], None)
+
+
+def test_explain_says_what_is_missing(here, run, tmp_path, monkeypatch):
+    monkeypatch.setattr(gammabeta_package, "__file__", str(tmp_path / "src/gammabeta/__init__.py"))
+    without = [claim.id for claim in _claims.claims().values() if not claim.experiment][:1]
+    words = ("act-all", *without)
+    first, *rest = json.loads(here("study", "explain", *words, "--json", cwd=tmp_path).stdout)
+    assert (first["verdict"], first["rows"], first["dispute"]) == (None, [], None)
+    assert "no rows of the experiment activations" in first["missing"][0]
+    assert first["make"] == "gammabeta study run act-all --budget small -o runs/act-all"
+    assert "Primary" in first["protocol"] or "primary" in first["protocol"]
+    assert all(card["missing"] == ["No experiment decides this claim yet."] for card in rest)
+    shown = " ".join(here("study", "explain", *words, cwd=tmp_path).stdout.split())
+    assert "no rows of the experiment activations" in shown
+    # a run that was stopped
+    for cell in _runs.read_cells([run])[-2:]:
+        shutil.rmtree(cell.path)
+    (partial,) = json.loads(here("study", "explain", "act-all", run, "--json").stdout)
+    assert "2 cells that the experiment wants are not there." in partial["missing"]
+
+
 def test_judge_keeps_the_verdicts(here, run):
     (run / "verdicts.json").unlink()
     (run / "figures.json").unlink()
@@ -508,6 +577,9 @@ def odd(tmp_path):
         ("study show newer", ["claims.json", "at most 1, got 99", "gammabeta 9.9 or newer"]),
         ("study judge newer", ["claims.json", "at most 1, got 99", "gammabeta 9.9 or newer"]),
         ("report newer", ["claims.json", "at most 1, got 99", "gammabeta 9.9 or newer"]),
+        ("study explain", ["A claim was expected", "`gammabeta study list`"]),
+        ("study explain act-al", ["'act-al'", "Did you mean act-all?"]),
+        ("study explain act-all ./nowhere", ["nowhere", "got nothing"]),
         ("study judge --set delta=1", ["CLAIM.THRESHOLD=VALUE", "'delta=1'"]),
         ("study judge --set act-all.delta=x", ["finite number", "'act-all.delta=x'"]),
         ("study judge --set act-al.delta=1", ["'act-al'", "Did you mean 'act-all'?"]),
@@ -631,7 +703,9 @@ def test_a_full_disk_under_stdout_is_one_line():
 
 COMMANDS = ["", "study", "study list", "study run", "study show", "study judge", "study status"]
 COMMANDS += [
+    "demo",
     "study accept",
+    "study explain",
     "report",
     "data",
     "data fetch",
@@ -690,6 +764,55 @@ def test_data_path_is_that_of_the_folder_or_says_how_to_get_one(here, tmp_path, 
     done = here("data", "verify", "--data-dir", tmp_path)
     assert done.returncode == 1
     assert Counter(line.split()[0] for line in done.stdout.splitlines()) == {"BAD": 4}
+
+
+@pytest.mark.parametrize("shell", ["bash", "zsh", "fish"])
+def test_the_words_of_all_commands_can_be_completed(shell, tmp_path):
+    script = cli.app.generate_completion(shell=shell)
+    for word in ("study", "explain", "verify", "demo", "retry-failed", "small"):
+        assert word in script, word
+    if shell == "bash":
+        (tmp_path / "completion").write_text(script)
+        subprocess.run(["bash", "-n", tmp_path / "completion"], check=True)
+
+
+# --- the demonstration ----------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def race():
+    return _demo.race()
+
+
+def test_the_demonstration_shows_a_gain_at_a_high_rate_that_a_fair_rate_takes_back(race):
+    with_bn, without, usual = (sum(curve.last()) / race.seeds for curve in race.curves)
+    assert with_bn > 0.9
+    assert without < 0.5
+    assert usual > 0.9
+    assert _demo.race(20, 1) == _demo.race(20, 1)
+
+
+def test_the_demonstration_draws_what_it_measured_and_says_where_to_go(here, race, monkeypatch):
+    monkeypatch.setattr(_demo, "race", lambda: race)
+    done = here("demo")
+    assert (done.returncode, done.stderr) == (0, "")  # quiet: nothing on stderr off a terminal
+    lines = done.stdout.splitlines()
+    assert all(len(line) <= 80 for line in lines)
+    chart = [line[8:] for line in lines if re.match(r" *(\d+ %)? *[+|]", line)]
+    assert len(chart) == 11
+    looks = len(race.steps)
+    for number, (sign, curve) in enumerate(zip("ox.", race.curves, strict=True)):
+        for look, mean in enumerate(curve.mean()):
+            column = "".join(row.ljust(3 * looks)[3 * look + number] for row in chart)
+            assert column.strip(" -") == sign
+            assert column.index(sign) == 10 - round(10 * mean)
+        shown = f"{sum(curve.last()) / race.seeds:.1%}"
+        assert any(line.startswith(f"{sign}  ") and shown in line for line in lines)
+    for command in re.findall(r"^  (gammabeta .*?)  ", done.stdout, re.M):
+        cli.app.parse_args(command.split()[1:], exit_on_error=False, print_error=False)
+    found = json.loads(here("demo", "--json").stdout)
+    assert found["data"] == "digits"
+    assert [curve["norm"] for curve in found["curves"]] == [True, False, False]
 
 
 def colors(text: str) -> set[str]:

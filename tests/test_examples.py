@@ -2,6 +2,7 @@
 
 import os
 import re
+import runpy
 import subprocess
 import sys
 from pathlib import Path
@@ -59,6 +60,66 @@ def test_a_training_is_watched_and_its_gap_cured(tmp_path):
     assert record.errors == []
 
 
-@pytest.mark.parametrize(("name", "most"), [("repair.py", 60), ("watch_your_training.py", 40)])
+def lecture(name, capsys):
+    """What a script prints; in this process, which has torch imported already."""
+    runpy.run_path(str(EXAMPLES / "lecture" / name), run_name="__main__")
+    return capsys.readouterr().out
+
+
+def test_the_equations_by_hand_are_those_of_autograd_and_of_the_package(capsys):
+    text = lecture("equations.py", capsys)
+    differences = [float(v) for v in re.findall(r"largest difference from [\w.]+: (\S+)", text)]
+    assert len(differences) == 2
+    assert max(differences) < 1e-12
+    assert "mean 5.000, variance 14.000" in text
+    assert float(re.search(r"less y of x: (\S+)", text)[1]) < 1e-12
+
+
+def test_a_batch_of_two_gives_plus_and_minus_one(capsys):
+    text = lecture("batch_of_two.py", capsys)
+    pairs = re.findall(r"becomes \[(\S+), (\S+)\], gradient (\S+)", text)
+    assert len(pairs) == 3
+    for low, high, gradient in pairs:
+        assert abs(float(low) + 1) < 1e-9
+        assert abs(float(high) - 1) < 1e-9
+        assert float(gradient) < 1e-6
+    gaps = [float(v) for v in re.findall(r"([\d.]+)%", text)]
+    assert gaps == sorted(gaps, reverse=True)
+    assert gaps[0] > 50 > 10 > gaps[-1]
+
+
+def test_noise_brings_the_shift_back_and_not_the_loss_of_accuracy(capsys):
+    found = re.findall(
+        r"input +([\d.]+) sd, accuracy ([\d.]+)%", lecture("covariate_shift.py", capsys)
+    )
+    (plain, _), (bn, accuracy), (noisy, with_noise) = [tuple(map(float, pair)) for pair in found]
+    assert bn < plain
+    assert noisy > bn
+    assert accuracy > 85
+    assert with_noise > 85
+
+
+def test_dropout_moves_the_variance_as_the_formula_says(capsys):
+    text = lecture("dropout_and_noise.py", capsys)
+    rows = re.findall(r"^(0\.\d) +([\d.]+) times +([\d.]+) +([\d.]+)$", text, re.M)
+    assert [row[0] for row in rows] == ["0.1", "0.3", "0.5"]
+    for _, ratio, formula, scale in rows:
+        assert float(ratio) == pytest.approx(float(formula), rel=0.05)
+        assert float(scale) == pytest.approx(float(formula) ** -0.5, rel=0.05)
+    assert "gb.check calls it BN008" in text
+    noise = re.findall(r"^ *(16|64|256|1024) +([\d.]+) +([\d.]+) ", text, re.M)
+    for size, multiplicative, additive in noise:
+        assert float(additive) * int(size) == pytest.approx(1, rel=0.35)
+        assert float(multiplicative) < float(additive)
+    assert len(noise) == 4
+
+
+@pytest.mark.parametrize(
+    ("name", "most"),
+    [
+        *(("repair.py", 60), ("watch_your_training.py", 40)),
+        *((f"lecture/{path.name}", 65) for path in sorted((EXAMPLES / "lecture").glob("*.py"))),
+    ],
+)
 def test_an_example_is_short(name, most):
     assert len((EXAMPLES / name).read_text().splitlines()) <= most

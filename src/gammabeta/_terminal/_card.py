@@ -18,6 +18,14 @@ if TYPE_CHECKING:
     from gammabeta.studies._verdict import Verdict
 
 
+_CERTAIN = {
+    "A": "A: exact, by proof or counterexample",
+    "B": "B: the same in at least three of four variations",
+    "C": "C: found in this setting alone",
+    "D": "D: undecided",
+}
+
+
 def explain(card: Card) -> None:
     """All about one claim; what was found stands last, where a terminal shows it."""
     console = make_console()
@@ -47,20 +55,24 @@ def explain(card: Card) -> None:
         section("Numbers")
         console.print(Padding(_numbers(verdict), (0, 0, 0, 2)))
         section("Verdicts")
+        told = verdict.to_json()
         show(
             ("as published", mark(verdict.published_status)),
             ("fair", mark(verdict.status)),
             ("effect", _effect(verdict)),
             ("precision", _precision(verdict)),
             ("answer", verdict.sentence),
+            ("certainty", _CERTAIN.get(told.get("certainty", ""), "")),
+            ("variations", told.get("variations", "")),
             *(("note", note) for note in verdict.notes),
         )
     if claim.caveats:
         section("Caveats")
-        show(("", claim.caveats))
+        console.print(Padding(claim.caveats, (0, 0, 0, 2)))
     if card.missing:
         section("Missing")
-        show(*(("", text) for text in card.missing))
+        for text in card.missing:
+            console.print(Padding(text, (0, 0, 0, 2)))
     for name, command in (("Make it", card.make), ("Dispute it", card.dispute)):
         if command:
             section(name)

@@ -112,7 +112,9 @@ def _judged(claim: Claim, rows: list[Path]) -> tuple[Verdict | None, list[str]]:
         if (entry.budget, entry.data) == (verdict.budget, verdict.data) and entry.missing:
             missing.append(f"{entry.missing} cells that the experiment wants are not there.")
     if verdict.published_status is None:
-        missing.append("There is no verdict as published: the source's own setting was not run.")
+        missing.append(
+            "A verdict as published: the source has no setting of its own, or it was not run."
+        )
     if verdict.data != "mnist":
         missing.append("A verdict: rows on the bundled digits are a demonstration.")
     elif verdict.budget == BUDGETS[0]:
@@ -122,7 +124,7 @@ def _judged(claim: Claim, rows: list[Path]) -> tuple[Verdict | None, list[str]]:
 
 def _beside(path: Path, ids: Sequence[str]) -> list[Path]:
     """Of a file of accepted rows those beside it, of these experiments; else the path itself."""
-    if path.is_dir():
+    if path.is_dir() or not _runs.packed_files(path):
         return [path]
     return [f for f in _runs.packed_files(path.parent) if f.name.partition(".")[0] in ids]
 
