@@ -13,7 +13,7 @@ from gammabeta.layers.batch_norm import BatchNorm1d
 from gammabeta.moments import Moments
 from gammabeta.ops import batch_norm
 from gammabeta.studies._data import Images
-from gammabeta.studies._nets import MLP
+from gammabeta.studies._nets import MLP, Norm
 from gammabeta.studies._train import pixels, stream
 
 ROUNDS, ALL_ROUNDS = 30, 3
@@ -79,7 +79,7 @@ def stepping(net: MLP, draw: Draw, size: int, kept: Kept | None = None) -> Calla
 def networks(hidden: tuple[int, ...], activation: str, seed: int, data: Images) -> dict[str, MLP]:
     """The same network without BN, with that of this package, with PyTorch's."""
     sizes = (data.train_x[0].numel(), *hidden, 10)
-    kinds = {"without": False, "this package": True, "PyTorch": nn.BatchNorm1d}
+    kinds: dict[str, Norm] = {"without": False, "this package": True, "PyTorch": nn.BatchNorm1d}
     return {
         name: MLP(sizes, activation, norm, stream(seed, "weights")) for name, norm in kinds.items()
     }

@@ -1,7 +1,7 @@
 """Training by a recipe: dropout, weight decay, a rate that halves (the protocol is elsewhere)."""
 
 from collections.abc import Iterator, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -60,9 +60,11 @@ def trainings(
     """SGD with weight decay and a rate that halves; yields step and loss at the stops."""
     matrices = [p for p in net.parameters() if p.dim() > 1]
     others = [p for p in net.parameters() if p.dim() == 1]
-    optimizer = torch.optim.SGD(
-        [{"params": matrices, "weight_decay": recipe.decay}, {"params": others}], lr=rate
-    )
+    groups: list[dict[str, Any]] = [
+        {"params": matrices, "weight_decay": recipe.decay},
+        {"params": others},
+    ]
+    optimizer = torch.optim.SGD(groups, lr=rate)
     flat, order = x.flatten(1), batches(len(x), 64, stream(seed, "order"))
     net.train()
     for step, index in zip(range(1, steps + 1), order, strict=False):

@@ -55,7 +55,8 @@ class Watched:
 
 def lengths(weight: Tensor) -> Tensor:
     """The norm of each unit's weights."""
-    return torch.linalg.vector_norm(weight, dim=1)
+    found: Tensor = torch.linalg.vector_norm(weight, dim=1)
+    return found
 
 
 def angle(a: Tensor, b: Tensor) -> Tensor:
