@@ -122,6 +122,7 @@ def verdict(name, **fields):
         "sentence": "Not for tanh: the gain is −0.2 points, below the 0.5 that would matter.",
         "cells": [],
         "notes": [],
+        "place": "MNIST, MLP 100-100",
         **fields,
     }
 
@@ -228,25 +229,33 @@ def test_the_first_screen_holds_both_verdicts_effect_interval_n_and_place(whole,
     row = re.search(r'<tr role="row">\s*<td.*?</tr>', html, re.S).group()
     assert "Does batch normalization help whatever the activation?" in row
     assert row.index("s-supported") < row.index("s-refuted")
-    assert "Not for tanh" in row
     assert re.search(r"−0\.2</b> points", row)
     assert "[−0.55, +0.15]" in row
     assert (
         'aria-label="effect −0.2, interval −0.55 to +0.15, smallest effect that matters 0.5"' in row
     )
-    assert "mnist, budget small" in row
+    assert "on MNIST, MLP 100-100 · budget small" in row
     assert ">5</td>" in row
-    assert "did not survive a fair learning rate" in html
+    assert re.search(r'grade g-c">C</b> this setting only', row)
+    assert html.index("did not survive a fair learning rate") < html.index(row)
 
 
-def test_the_first_screen_holds_twelve_rows_headline_claims_first(tmp_path):
+def test_the_first_screen_holds_the_headline_claims_and_at_most_twelve_rows(tmp_path):
     run = tmp_path / "run"
-    write_registry(run, [claim(f"c{n}", headline=n > 9) for n in range(20)])
-    write_derived(run, [verdict(f"c{n}") for n in range(20)], [])
-    html = text_of([run], tmp_path / "report.html")
-    shown = re.findall(r'<a href="#exp-activations">Does (c\d+) hold', html)
-    assert shown == [f"c{n}" for n in (*range(10, 20), 0, 1)]
-    assert "8 more verdicts" in html
+
+    def shown(count, headline):
+        write_registry(run, [claim(f"c{n}", headline=n in headline) for n in range(20)])
+        write_derived(run, [verdict(f"c{n}") for n in range(count)], [])
+        html = text_of([run], tmp_path / "report.html")
+        return re.findall(
+            r'<td role="cell" class="question">\s*<a href="#verdict-(c\d+)">', html
+        ), html
+
+    rows, html = shown(20, range(10, 20))
+    assert rows == [f"c{n}" for n in range(10, 20)]
+    assert "10 more verdicts" in html
+    assert shown(4, {3})[0] == ["c3", "c0", "c1", "c2"]  # few: all of them
+    assert shown(20, ())[0] == [f"c{n}" for n in range(12)]
 
 
 def test_every_claim_is_listed_with_and_without_runs(whole, tmp_path):
@@ -329,12 +338,12 @@ def test_an_identity_without_interval_and_delta_is_shown_without_a_bar(tmp_path)
 def test_run_folders_are_shown_together(whole, tmp_path):
     other = tmp_path / "digits"
     write_run(other, data="digits", seeds=2)
-    entries = [verdict("act-all", data="digits", status="demo", sentence="Only a demonstration.")]
+    entries = [verdict("act-all", data="digits", place="", status="demo", sentence="Only that.")]
     write_derived(other, entries, [figure(title="Second")])
     html = text_of([whole, other], tmp_path / "report.html")
-    assert "Only a demonstration." in html
-    assert "mnist, budget small · headline" in html
-    assert "digits, budget small · digits" in html
+    assert "Only that." in html
+    assert "MNIST, MLP 100-100 · budget small · headline" in html
+    assert "digits · budget small · digits" in html
     assert 'data-status="refuted demo"' in html
     assert "from 70 cells" in html
     assert 'id="fig-activations-accuracy" data-figure="0"' in html

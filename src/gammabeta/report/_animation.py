@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from gammabeta._runs import Row, StoredCell, read_cells
+from gammabeta.report._stepped import alike
 
 if TYPE_CHECKING:
     from PIL import Image, ImageDraw
@@ -26,8 +27,6 @@ COLORS = {"bn": "#0072b2", "none": "#c65200"}
 BANDS = {"bn": "#c4dcea", "none": "#f2d6c4"}
 INK, MUTED, LINE, PAPER = "#1b1b1f", "#5f6068", "#d9d9d4", "#fcfcfa"
 
-_BUDGETS = ("tiny", "small", "full")
-_DATA = {"mnist": "MNIST", "digits": "the bundled digits, a demonstration"}
 SIZE = 860, 430
 _LEFT, _TOP, _BOTTOM, _GAP = 56, 78, 74, 26
 _FRAME, _LAST = 500, 2500  # milliseconds
@@ -66,21 +65,8 @@ def animations(cells: Iterable[StoredCell]) -> list[Animation]:
     Cells of one data set, budget and code: MNIST before the digits, then the larger budget, then
     those of which there are more.
     """
-    groups: dict[tuple[str, str, str], list[Row]] = defaultdict(list)
-    for cell in cells:
-        rows = [row for row in cell.flat() if row.get("kind") == "spectrum"]
-        if rows:
-            spec = cell.spec
-            groups[spec["data"]["name"], spec["budget"], spec["code"]] += rows
-    if not groups:
-        return []
-
-    def worth(key: tuple[str, str, str]) -> tuple[bool, int, int, str]:
-        rank = _BUDGETS.index(key[1]) if key[1] in _BUDGETS else -1
-        return key[0] == "mnist", rank, len(groups[key]), key[2]
-
-    data, budget, _ = best = max(groups, key=worth)
-    return _animations(groups[best], f"{_DATA.get(data, data)}, budget {budget}")
+    where, rows = alike(cells, {"spectrum"})
+    return _animations(rows, where)
 
 
 def _animations(rows: Iterable[Row], where: str) -> list[Animation]:

@@ -4,6 +4,8 @@ Everything here came from files that a stranger may have written. `_runs` has ch
 types; texts stay texts and are escaped where they are shown.
 """
 
+import ast
+import re
 import shlex
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
@@ -11,6 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import gammabeta
 from gammabeta._runs import (
     RunError,
     StoredCell,
@@ -21,12 +24,23 @@ from gammabeta._runs import (
     read_figures,
     read_verdicts,
 )
-from gammabeta.report._marks import Scale, is_number, number
+from gammabeta.report._compare import Comparison, compared
+from gammabeta.report._marks import CERTAINTY, Scale, is_number, number
 from gammabeta.report._records import Recording, recording
+from gammabeta.report._stepped import stepped
 
 Claim = dict[str, Any]
 Verdict = dict[str, Any]
+Parts = dict[str, list[dict[str, Any]]]
+_MANY_PARTS = 24  # of one verdict: more are folded away
+_DECIDING = ("fair", "level", "control", "as rightly stated", "as worded")
 FIRST_SCREEN = 12  # rows: what a reader takes in at one glance
+PLACES = {"mnist": "MNIST", "digits": "the bundled digits"}
+
+# Where a source goes on to say in which of its parts a claim stands.
+_PART = re.compile(
+    r",\s+(?:Sections?|Claims?|Figs?\.|part|conclusion|code|equation|Algorithm|citing)\b"
+)
 
 
 @dataclass(frozen=True)
@@ -43,6 +57,8 @@ class Section:
     failed: list[dict[str, Any]]
     reproduce: list[str]
     dispute: list[tuple[str, str]]
+    code: list[tuple[str, list[str]]]
+    cite: str
 
     @property
     def anchor(self) -> str:
@@ -57,6 +73,8 @@ class Content:
     claims: list[Claim] = field(default_factory=list)
     verdicts: list[Verdict] = field(default_factory=list)
     surprises: list[str] = field(default_factory=list)
+    expected: list[str] = field(default_factory=list)
+    comparison: Comparison | None = None
     notices: list[str] = field(default_factory=list)
     missing: list[str] = field(default_factory=list)
     facts: list[tuple[str, str]] = field(default_factory=list)
@@ -67,26 +85,41 @@ class Content:
 
     @property
     def first(self) -> list[Verdict]:
-        """The rows of the first screen: headline claims first, then what else was judged."""
+        """The rows of the first screen: headline claims, and others where all are few."""
         ordered = sorted(self.verdicts, key=lambda verdict: not verdict["text"]["headline"])
-        return ordered[:FIRST_SCREEN]
+        headline = [verdict for verdict in ordered if verdict["text"]["headline"]]
+        few = len(ordered) <= FIRST_SCREEN
+        return (ordered if few or not headline else headline)[:FIRST_SCREEN]
 
     @property
     def waiting(self) -> list[Claim]:
         """Headline claims that these folders do not decide."""
         return [claim for claim in self.claims if claim["headline"] and not claim["judged"]]
 
+    @property
+    def sources(self) -> list[str]:
+        """Who claims, the most often named first."""
+        found = Counter(source for claim in self.claims for source in claim["sources"])
+        return [source for source, _ in sorted(found.items(), key=lambda item: -item[1])]
 
-def gather(paths: Sequence[Path]) -> Content:
+
+def gather(paths: Sequence[Path], compare: bool = False) -> Content:
     """Read run folders and records of trainings and put together what the page says.
+
+    With `compare` the verdicts of exactly two run folders stand beside each other as well.
 
     Raises RunError where a folder is not a run folder or a file is not what it has to be.
     """
     page = Content()
     records = [path for path in paths if is_record(path)]
     folders = [path for path in paths if path not in records]
+    if compare and len(folders) != 2:
+        raise ValueError(
+            f"report: a comparison needs two run folders, got {len(folders)}. "
+            "Name two: gammabeta report runs/a runs/b --compare."
+        )
     if folders:
-        _gather_runs(page, folders)
+        _gather_runs(page, folders, compare)
     for place, path in enumerate(records):
         page.records.append(recording(path, _label(path), place))
         for figure in page.records[-1].figures:
@@ -95,12 +128,12 @@ def gather(paths: Sequence[Path]) -> Content:
     return page
 
 
-def _gather_runs(page: Content, paths: Sequence[Path]) -> None:
+def _gather_runs(page: Content, paths: Sequence[Path], compare: bool) -> None:
     cells = read_cells(paths)
     failed = read_failed(paths)
     protocols: dict[str, str] = {}
-    for path in paths:
-        name = _label(path)
+    each: list[tuple[str, list[Verdict]]] = []  # by run folder, before copies are left out
+    for name, path in zip(_labels(paths), paths, strict=True):
         page.runs.append({"name": name, "command": shlex.quote(name)})
         claims = read_claims(path)
         _merge(page.claims, claims, ("id",))
@@ -113,6 +146,8 @@ def _gather_runs(page: Content, paths: Sequence[Path]) -> None:
             )
         else:
             new = [{**verdict, "run": name} for verdict in derived["verdicts"]]
+            each.append((name, new))
+            page.expected += _expected(derived, path, name if len(paths) > 1 else "")
             same = ("claim", "data", "budget", "status", "effect", "n")
             _merge(page.verdicts, new, same)
             page.surprises += [text for text in derived["surprises"] if text not in page.surprises]
@@ -130,7 +165,12 @@ def _gather_runs(page: Content, paths: Sequence[Path]) -> None:
             page.missing.append(f"{name} has no claims.json: claims are shown by their ids only.")
     if not cells:
         page.missing.append("There is no finished cell in " + _join(map(_label, paths)) + ".")
-    _complete(page)
+    page.figures += stepped(cells)
+    _complete(page, [verdict for _, verdicts in each for verdict in verdicts])
+    if compare:
+        page.comparison = compared(_labels(paths), dict(each), [c["id"] for c in page.claims])
+        shown = [v for pair in page.comparison.pairs for v in pair.verdicts if v]
+        page.scale = Scale([ratio for verdict in shown for ratio in _ratios(verdict)])
     page.facts = _facts(page, cells, failed)
     page.sections = _sections(page, cells, failed, protocols)
 
@@ -138,6 +178,13 @@ def _gather_runs(page: Content, paths: Sequence[Path]) -> None:
 def _label(path: Path) -> str:
     """The folder as the reader named it, without what an absolute path tells of a machine."""
     return path.name or "run" if path.is_absolute() else str(path)
+
+
+def _labels(paths: Sequence[Path]) -> list[str]:
+    """A name for each folder, no two of them the same."""
+    plain = [_label(path) for path in paths]
+    twice = {name for name in plain if plain.count(name) > 1}
+    return [f"{name} ({place})" if name in twice else name for place, name in enumerate(plain, 1)]
 
 
 def _join(names: Iterable[str]) -> str:
@@ -170,34 +217,118 @@ def _protocols(derived: Mapping[str, Any], path: Path) -> dict[str, str]:
     return dict(value)
 
 
-def _complete(page: Content) -> None:
+def _expected(derived: Mapping[str, Any], path: Path, run: str) -> list[str]:
+    """One sentence: how many of the supported claims are so by chance, at most."""
+    found = derived.get("multiplicity")
+    if found is None:
+        return []
+    texts = isinstance(found, dict) and isinstance(found.get("how"), str)
+    if not texts or not all(is_number(found.get(k)) for k in ("expected_false", "supported")):
+        raise RunError(
+            f"{path / 'verdicts.json'}: multiplicity: expected an object with numbers "
+            "expected_false and supported and a text how, got something else. "
+            "Judge the run again: gammabeta study judge."
+        )
+    told = (
+        f"{number(found['supported'])} claims are supported, done fairly; at most "
+        f"{number(found['expected_false'])} of them are to be expected by chance, were no claim "
+        f"true. {found['how']}"
+    )
+    return [f"{run}: {told}" if run else told]
+
+
+def _complete(page: Content, verdicts: Sequence[Verdict]) -> None:
     """Tie verdicts to their claims, order both, and find the scale of the bars."""
     known = {claim["id"]: claim for claim in page.claims}
     place = {claim: number for number, claim in enumerate(known)}
     judged: dict[str, list[Verdict]] = {}
-    ratios: list[float] = []
-    for verdict in page.verdicts:
+    for verdict in verdicts:
         claim = known.get(verdict["claim"]) or _unknown(verdict)
         verdict["text"] = claim
         verdict["lo"], verdict["hi"] = verdict["ci"] or (None, None)
-        verdict["parts"] = _parts(verdict["cells"])
-        verdict["where"] = f"{verdict['data']}, budget {verdict['budget']}"
+        verdict["parts"], verdict["more_parts"] = _parts(verdict["cells"])
+        verdict["at"] = _at(verdict)
+        verdict["exact"] = claim["kind"] == "exact"
+        verdict["place"] = _place(verdict)
+        verdict["where"] = f"{verdict['place']} · budget {verdict['budget']}"
+        verdict["certainty"] = _certainty(verdict)
+        verdict["ratio"] = _ratio(verdict, verdict["effect"])
+        deciding = [cell for cells in verdict["parts"].values() for cell in cells]
+        verdict["scale"] = Scale(_ratios(verdict, [c for c in deciding if c["reason"] != "shown"]))
+    for number_, verdict in enumerate(page.verdicts):
+        verdict["anchor"] = f"verdict-{verdict['claim']}"
+        if verdict["claim"] in judged:
+            verdict["anchor"] += f"-{number_}"
         judged.setdefault(verdict["claim"], []).append(verdict)
-        ratios += _ratios(verdict)
     page.verdicts.sort(key=lambda verdict: place.get(verdict["claim"], len(place)))
     for claim in page.claims:
         claim["judged"] = judged.get(claim["id"], [])
         claim["statuses"] = list(dict.fromkeys(verdict["status"] for verdict in claim["judged"]))
-    page.scale = Scale(ratios)
+        claim["sources"] = _sources(claim["source"])
+        claim["ratio"] = next((v["ratio"] for v in claim["judged"] if v["ratio"] is not None), None)
+    page.scale = Scale([ratio for verdict in page.first for ratio in _ratios(verdict)])
 
 
-def _parts(cells: list[dict[str, Any]]) -> dict[str, list[dict[str, Any]]]:
-    """The outcomes of a verdict under the headings they carry, in their own order."""
-    found: dict[str, list[dict[str, Any]]] = {}
+def _at(verdict: Verdict) -> str:
+    """Which of several parts the effect is of: the first one with the same numbers."""
+    known = [cell for cell in verdict["cells"] if cell.get("effect") is not None]
+    fair = [cell for cell in known if cell.get("part") == known[0].get("part")]
+    same = (cell["name"] for cell in fair if cell["effect"] == verdict["effect"])
+    return str(next(same, "")) if len(fair) > 1 else ""
+
+
+def _place(verdict: Verdict) -> str:
+    """Where it was found, in a reader's words."""
+    told = verdict.get("place")
+    if isinstance(told, str) and told:
+        return told
+    if verdict["exact"]:
+        return "for any data"
+    data: str = verdict["data"]
+    return PLACES.get(data, data)
+
+
+def _certainty(verdict: Verdict) -> tuple[str, str]:
+    """How sure a reader may be: a letter, and what is known of variations of the setting."""
+    told, held = verdict.get("certainty"), verdict.get("variations")
+    letter = {"exact": "A", "fails": "A", "inconclusive": "D", "demo": "D"}.get(verdict["status"])
+    if letter is None:
+        letter = told if told in ("B", "C") else "C"
+    if isinstance(held, str) and held and letter in "BC":
+        return letter, held
+    return letter, CERTAINTY[letter]
+
+
+def _sources(text: str) -> list[str]:
+    """The sources of a claim by their names alone, without section, figure and number.
+
+    >>> _sources("Kathuria, Paperspace article; Ioffe & Szegedy 2015, Section 3 (arXiv 1502.03167)")
+    ['Kathuria, Paperspace article', 'Ioffe & Szegedy 2015']
+    """
+    names = [re.sub(r"\s*\(.*", "", _PART.split(part)[0]).strip() for part in text.split(";")]
+    return list(dict.fromkeys(name for name in names if name))
+
+
+def _ratio(verdict: Verdict, value: Any) -> float | None:
+    """A number in units of the smallest effect that matters."""
+    delta = verdict["delta"]
+    if not (is_number(delta) and delta > 0 and is_number(value)):
+        return None
+    found = value / delta
+    return found if is_number(found) else None
+
+
+def _parts(cells: list[dict[str, Any]]) -> tuple[Parts, Parts]:
+    """The outcomes of a verdict under the headings they carry; of many, first what decides."""
+    found: Parts = {}
+    keys = ("name", "status", "effect", "lo", "hi", "n", "p_signflip", "reason")
     for cell in cells:
-        known = {key: cell.get(key) for key in ("name", "status", "effect", "lo", "hi", "n")}
+        known = {key: cell.get(key) for key in keys}
         found.setdefault(str(cell.get("part") or ""), []).append(known)
-    return found
+    if len(cells) <= _MANY_PARTS:
+        return found, {}
+    first = {part: found[part] for part in found if part.startswith(_DECIDING)}
+    return first, {part: found[part] for part in found if part not in first}
 
 
 def _unknown(verdict: Verdict) -> Claim:
@@ -206,17 +337,17 @@ def _unknown(verdict: Verdict) -> Claim:
     same = {"id": verdict["claim"], "title": verdict["claim"], "question": verdict["claim"]}
     more = {"reported": verdict["reported"], "origin": "beyond", "kind": "statistical"}
     rest = {"experiment": verdict["experiment"], "headline": False, "thresholds": {}}
+    if verdict["status"] in ("exact", "fails"):
+        more["kind"] = "exact"
     return {**texts, **same, **more, **rest}
 
 
-def _ratios(verdict: Verdict) -> list[float]:
-    delta = verdict["delta"]
-    if not (is_number(delta) and delta > 0):
-        return []
+def _ratios(verdict: Verdict, cells: Sequence[Mapping[str, Any]] = ()) -> list[float]:
     values = [verdict["effect"], verdict["lo"], verdict["hi"]]
-    for cell in verdict["cells"]:
+    for cell in cells:
         values += [cell.get("effect"), cell.get("lo"), cell.get("hi")]
-    return [value / delta for value in values if is_number(value)]
+    found = [_ratio(verdict, value) for value in values]
+    return [ratio for ratio in found if ratio is not None]
 
 
 def _facts(
@@ -279,6 +410,8 @@ def _sections(
                 failed=[_failure(item) for item in broken],
                 reproduce=_reproduce(name, specs),
                 dispute=_dispute(page, verdicts),
+                code=_code(name),
+                cite=_cite(name, specs),
             )
         )
     return sections
@@ -303,6 +436,32 @@ def _reproduce(name: str, specs: list[dict[str, Any]]) -> list[str]:
         f"gammabeta study run {name} --budget {budget} --data {data} --out runs/{name}"
         for budget, data in made
     ]
+
+
+def _code(name: str) -> list[tuple[str, list[str]]]:
+    """The file of an experiment and its functions with their lines; none for a foreign one."""
+    file = Path(gammabeta.__file__).parent / "studies" / f"{name.replace('-', '_')}.py"
+    if not file.is_file():
+        return []
+    tree = ast.parse(file.read_text(encoding="utf-8"))
+    lines = {node.name: node.lineno for node in tree.body if isinstance(node, ast.FunctionDef)}
+    shown = [f"{at}, line {lines[at]}" for at in ("measure", "judge", "figures") if at in lines]
+    return [(f"gammabeta/studies/{file.name}", shown)]
+
+
+def _cite(name: str, specs: Sequence[Mapping[str, Any]]) -> str:
+    """A line to cite: what was run, on what, by which code."""
+    made = {
+        "version": sorted({spec["versions"].get("gammabeta", "") for spec in specs} - {""}),
+        "data": sorted({PLACES.get(spec["data"]["name"], spec["data"]["name"]) for spec in specs}),
+        "budget": sorted({spec["budget"] for spec in specs}),
+        "code": sorted({spec["code"] for spec in specs}),
+    }
+    told = [f"experiment “{name}”", *made["data"]]
+    told += [f"budget {_join(made['budget'])}"] if made["budget"] else []
+    told += [f"code {_join(made['code'])}"] if made["code"] else []
+    version = _join(made["version"]) or gammabeta.__version__
+    return f"The gammabeta developers: gammabeta {version}, {', '.join(told)}."
 
 
 def _dispute(page: Content, verdicts: list[Verdict]) -> list[tuple[str, str]]:

@@ -5,7 +5,7 @@ from typing import Any
 
 from markupsafe import Markup
 
-WIDTH = 240  # of a bar, in CSS pixels
+WIDTH = 210  # of a bar, in CSS pixels
 HEIGHT = 26
 _EDGE = 8  # room at both ends, where an arrow says that the interval goes on
 _MINUS = "\N{MINUS SIGN}"
@@ -20,6 +20,14 @@ STATUSES = {
     "fails": ("fails", "An identity with a counterexample that is shown."),
     "demo": ("demo only", "Measured on the bundled digits: shows the method, decides nothing."),
     "none": ("not run here", "No run of it lies in the given folders."),
+}
+
+# letter -> how sure a reader may be
+CERTAINTY = {
+    "A": "an identity or a proof",
+    "B": "holds in at least 3 of 4 variations",
+    "C": "this setting only",
+    "D": "undecided",
 }
 
 # One shape per status, drawn in a box of 16 by 16, so that color is never the only cue.
@@ -74,6 +82,14 @@ def status_mark(status: str | None) -> Markup:
     ).format(key, Markup(_SHAPES[str(key)]), STATUSES[str(key)][0])
 
 
+def certainty_mark(certainty: tuple[str, str]) -> Markup:
+    """The letter and its words."""
+    letter, words = certainty
+    return Markup('<span class="certainty"><b class="grade g-{}">{}</b> {}</span>').format(
+        letter.lower(), letter, words
+    )
+
+
 class Scale:
     """One scale for all bars of the page, in multiples of each claim's own δ.
 
@@ -96,7 +112,11 @@ class Scale:
         steps = [1] + [step for step in (10, 100) if step < 0.8 * self.span]
         named = [(float(step), "δ" if step == 1 else f"{step}δ") for step in steps]
         left = [(-step, _MINUS + name) for step, name in reversed(named)]
-        return [(self.at(step), name) for step, name in [*left, (0.0, "0"), *named]]
+        marks = [(self.at(step), name) for step, name in [*left, (0.0, "0"), *named]]
+        # 0 and the outer ones stand; a name that would touch its neighbor is left out.
+        room = [28 if len(name) > 2 else 16 for _, name in marks]
+        near = abs(marks[len(marks) // 2 - 1][0] - WIDTH / 2) < room[len(marks) // 2 - 1]
+        return [(at, "" if near and name.strip(_MINUS) == "δ" else name) for at, name in marks]
 
     def axis(self) -> Markup:
         """The axis alone, for the head of a column of bars."""

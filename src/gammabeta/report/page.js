@@ -11,6 +11,7 @@
     return node;
   };
   const FIGURES = JSON.parse(document.getElementById("figures").textContent);
+  const view = viewOf(location, history);
 
   // --- numbers ---------------------------------------------------------------------------
   const shown = (value) => {
@@ -18,6 +19,11 @@
     if (typeof value !== "number" || Number.isInteger(value)) return String(value);
     return String(Number(value.toPrecision(5)));
   };
+
+  const stepper = stepperOf({ make, view });
+  const own = figuresOf({ root, make, view, shown, stepper });
+  const records = recordFigures({ ...own, make, stepper, view });
+  const DRAW = { ...own.draw, ...records.draw }; // kind of figure -> function that draws it
 
   // --- tables of data --------------------------------------------------------------------
   const csvField = (value) => {
@@ -76,20 +82,6 @@
     return new Response(stream).json();
   }
 
-  function figureData(figure) {
-    const names = ["panel", "series", "n", "x", "y", "lo", "hi"];
-    const values = names.map(() => []);
-    for (const panel of figure.panels) {
-      for (const s of panel.series) {
-        s.x.forEach((x, at) => {
-          const row = [panel.title, s.name, s.n, x, s.y[at], s.lo?.[at], s.hi?.[at]];
-          row.forEach((value, column) => values[column].push(value));
-        });
-      }
-    }
-    return { names, values, rows: values[0].length };
-  }
-
   for (const host of all("details.table")) {
     host.addEventListener("toggle", async () => {
       if (!host.open || host.dataset.filled) return;
@@ -97,8 +89,9 @@
       try {
         const figure = FIGURES[host.dataset.figureTable];
         if (figure) {
-          const columns = figure.kind === "curves" ? figureData(figure) : records.data(figure);
-          showTable(host, `${figure.experiment}-${figure.id}`, columns);
+          const columns = own.data(figure) ?? records.data(figure);
+          const own_ = figure.id.startsWith(figure.experiment);
+          showTable(host, own_ ? figure.id : `${figure.experiment}-${figure.id}`, columns);
         } else if (document.getElementById(host.dataset.rows)) {
           showTable(host, host.dataset.name, await unpack(host.dataset.rows));
         }
@@ -108,151 +101,7 @@
     });
   }
 
-  // --- figures ---------------------------------------------------------------------------
-  // Color, dash and marker by style: no curve is told by its color alone.
-  const KNOWN = {
-    bn: { color: "--curve-bn", dash: "solid", symbol: "circle" },
-    none: { color: "--curve-none", dash: "7px,4px", symbol: "circle-open" },
-    brn: { color: "--curve-2", dash: "2px,3px", symbol: "square-open" },
-    // numbers of others beside our curves: marks without a line
-    "bn-points": { color: "--curve-bn", points: true, symbol: "diamond" },
-    "none-points": { color: "--curve-none", points: true, symbol: "diamond-open" },
-    "brn-points": { color: "--curve-2", points: true, symbol: "square" },
-  };
-  const OTHERS = [
-    { color: "--curve-2", dash: "2px,3px", symbol: "square-open" },
-    { color: "--curve-3", dash: "9px,3px,2px,3px", symbol: "diamond-open" },
-    { color: "--curve-4", dash: "12px,4px", symbol: "triangle-up-open" },
-    { color: "--curve-5", dash: "4px,2px", symbol: "x-thin-open" },
-  ];
-  const css = (name) => getComputedStyle(root).getPropertyValue(name).trim();
-  const plain = (text) => text.replace(/[&<>"']/g, (char) => `&#${char.charCodeAt(0)};`);
-  const faint = (hex) => hex + "2e"; // the band: the curve's color at 18 %
-
-  function stylesOf(figure) {
-    const found = new Map(); // style and name -> look
-    let others = 0;
-    for (const panel of figure.panels) {
-      for (const s of panel.series) {
-        const key = s.style + "\n" + s.name;
-        if (found.has(key)) continue;
-        const taken = Array.from(found.values()).some((entry) => entry.style === s.style);
-        const known = Object.hasOwn(KNOWN, s.style) && !taken ? KNOWN[s.style] : null;
-        const look = known ?? OTHERS[others++ % OTHERS.length];
-        found.set(key, { ...look, style: s.style, name: s.name });
-      }
-    }
-    return found;
-  }
-
-  function drawLegend(host, looks) {
-    host.replaceChildren();
-    for (const look of looks.values()) {
-      const dash = (look.dash ?? "solid") === "solid" ? "" : look.dash.replaceAll("px", "");
-      const svg = document.createElementNS("http://www.w3.org/2000/svg", "svg");
-      const parts = [
-        ["line", { x1: 0, y1: 6, x2: 36, y2: 6, "stroke-width": 2.5, "stroke-dasharray": dash }],
-        ["circle", { cx: 18, cy: 6, r: 3.5, "stroke-width": 2 }],
-        ["rect", { x: 14.5, y: 2.5, width: 7, height: 7, "stroke-width": 2,
-          transform: look.symbol?.startsWith("diamond") ? "rotate(45 18 6)" : "" }],
-      ];
-      svg.setAttribute("viewBox", "0 0 36 12");
-      svg.setAttribute("width", "36");
-      svg.setAttribute("height", "12");
-      for (const [tag, attributes] of parts) {
-        if (tag === "circle" && look.symbol !== "circle-open") continue;
-        if ((tag === "rect") !== (look.points === true)) continue;
-        const node = document.createElementNS("http://www.w3.org/2000/svg", tag);
-        for (const [key, value] of Object.entries(attributes)) node.setAttribute(key, value);
-        node.setAttribute("stroke", css(look.color));
-        node.setAttribute("fill", css(look.points && !look.symbol.endsWith("-open") ? look.color : "--paper"));
-        svg.append(node);
-      }
-      host.append(make("span", {}, svg, look.name));
-    }
-  }
-
-  function extent(values, log) {
-    let low = Infinity;
-    let high = -Infinity;
-    for (const value of values) {
-      if (value === null || (log && value <= 0)) continue;
-      const at = log ? Math.log10(value) : value;
-      low = Math.min(low, at);
-      high = Math.max(high, at);
-    }
-    if (low > high) return [0, 1];
-    const room = (high - low || Math.abs(high) || 1) * 0.04;
-    return [low - room, high + room];
-  }
-
-  function axis(range, log, ticks) {
-    return {
-      type: log ? "log" : "linear", range, fixedrange: true, nticks: ticks, zeroline: false,
-      gridcolor: css("--line"), linecolor: css("--line"), tickcolor: css("--line"),
-      exponentformat: "SI", minexponent: 4, automargin: true, ticks: "outside", ticklen: 4,
-      ...(log && range[1] - range[0] > 1.5 ? { dtick: Math.ceil((range[1] - range[0]) / ticks) } : {}),
-    };
-  }
-
-  function curves(host, figure) {
-    const looks = stylesOf(figure);
-    drawLegend(host.parentElement.querySelector(".legend"), looks);
-    const series = figure.panels.flatMap((panel) => panel.series);
-    const xs = extent(series.flatMap((s) => s.x), figure.x.log);
-    const ys = extent(series.flatMap((s) => [...s.y, ...(s.lo ?? []), ...(s.hi ?? [])]), figure.y.log);
-    host.classList.toggle("single", figure.panels.length === 1);
-    const family = getComputedStyle(document.body).fontFamily;
-    const layout = {
-      margin: { l: 8, r: 8, t: 8, b: 8 }, showlegend: false, dragmode: false, hovermode: "closest",
-      paper_bgcolor: "rgba(0,0,0,0)", plot_bgcolor: "rgba(0,0,0,0)",
-      font: { family, size: 11.5, color: css("--muted") },
-      hoverlabel: { bgcolor: css("--raised"), bordercolor: css("--line"), align: "left",
-        font: { family, color: css("--ink"), size: 12 } },
-    };
-    for (const [place, panel] of figure.panels.entries()) {
-      const plot = host.children[place].querySelector(".plot");
-      const bands = [];
-      const lines = [];
-      for (const s of panel.series) {
-        const look = looks.get(s.style + "\n" + s.name);
-        const color = css(look.color);
-        const base = { x: s.x, type: "scatter", mode: "lines", showlegend: false };
-        if (look.points) {
-          const above = s.y.map((y, at) => (s.hi ? s.hi[at] - y : 0));
-          const below = s.y.map((y, at) => (s.lo ? y - s.lo[at] : 0));
-          lines.push({
-            ...base, y: s.y, mode: "markers", cliponaxis: false,
-            marker: { color, size: 9, symbol: look.symbol, line: { width: 1.6, color } },
-            error_y: { type: "data", symmetric: false, array: above, arrayminus: below, color, width: 3,
-              visible: [...above, ...below].some((length) => length > 0) },
-            hovertemplate: `<b>${plain(s.name)}</b><br>${plain(figure.x.label)} %{x}<br>` +
-              `${plain(figure.y.label)} %{y:.4~g}<extra></extra>`,
-          });
-          continue;
-        }
-        if (s.lo && s.hi) {
-          const edge = { ...base, line: { width: 0 }, hoverinfo: "skip" };
-          bands.push({ ...edge, y: s.lo }, { ...edge, y: s.hi, fill: "tonexty", fillcolor: faint(color) });
-        }
-        const spread = s.x.map((_, at) => (s.lo && s.hi ? `<br>spread ${shown(s.lo[at])} to ${shown(s.hi[at])}` : ""));
-        lines.push({
-          ...base, y: s.y, customdata: spread, mode: look.dash === "solid" ? "lines" : "lines+markers",
-          line: { color, width: 2, dash: look.dash },
-          marker: { color, size: 6, symbol: look.symbol, maxdisplayed: 9, line: { width: 1.6 } },
-          hovertemplate: `<b>${plain(s.name)}</b><br>${plain(figure.x.label)} %{x}<br>` +
-            `${plain(figure.y.label)} %{y:.4~g}%{customdata}<br>n = ${shown(s.n)}<extra></extra>`,
-        });
-      }
-      Plotly.react(plot, [...bands, ...lines],
-        { ...layout, xaxis: axis(xs, figure.x.log, 5), yaxis: axis(ys, figure.y.log, 5) },
-        { displayModeBar: false, responsive: true });
-    }
-  }
-
-  const records = recordFigures({ css, plain, axis, extent, make });
-  const DRAW = { curves, ...records.draw }; // kind of figure -> function that draws it
-
+  // --- figures: drawn when they come near ---------------------------------------------------
   function draw(figureNode) {
     const figure = FIGURES[figureNode.dataset.figure];
     const host = figureNode.querySelector(".panels");
@@ -304,48 +153,82 @@
   });
   matchMedia("(prefers-color-scheme: dark)").addEventListener("change", redraw);
 
-  // --- all claims ------------------------------------------------------------------------
-  const filter = document.querySelector(".filter");
-  if (filter) {
-    const items = all(".claims > li").map((node) => ({
-      node, text: node.textContent.toLowerCase(), status: node.dataset.status.split(" "),
-    }));
-    const apply = () => {
-      const words = filter.elements.text.value.toLowerCase().split(/\s+/).filter(Boolean);
-      const status = filter.elements.status.value;
-      const topic = filter.elements.topic.value;
-      let count = 0;
-      for (const { node, text, status: own } of items) {
-        const fits = words.every((word) => text.includes(word)) &&
-          (!status || own.includes(status)) && (!topic || node.dataset.topic === topic);
-        node.hidden = !fits;
-        count += fits;
-      }
-      filter.querySelector("output").textContent = `${count} of ${items.length}`;
-      document.getElementById("nothing").hidden = count > 0;
-    };
-    filter.hidden = false;
-    filter.addEventListener("input", apply);
-    filter.addEventListener("submit", (event) => event.preventDefault());
-    apply();
+  const claims = claimList({ all, view });
+
+  // --- what is open, and where on the page: kept in the address ----------------------------
+  const foldable = all("details");
+  const isOpen = foldable.map((node) => node.open); // as the page comes
+  foldable.forEach((node) => node.addEventListener("toggle", () => {
+    if (document.documentElement.dataset.printing) return;
+    const turned = foldable.flatMap((each, at) => (each.open === isOpen[at] ? [] : [at]));
+    view.set("turned", turned.join("."));
+  }));
+
+  function restoreOpen() {
+    const turned = new Set((view.get("turned") ?? "").split(".").filter(Boolean).map(Number));
+    foldable.forEach((node, at) => { node.open = turned.has(at) ? !isOpen[at] : isOpen[at]; });
   }
 
-  // --- links into closed parts, copying --------------------------------------------------
-  const reveal = () => {
-    let target = null;
-    try {
-      target = document.getElementById(decodeURIComponent(location.hash.slice(1)));
-    } catch {
-      return; // not an address that this page gave
-    }
+  function reveal() {
+    const target = view.anchor && document.getElementById(view.anchor);
     if (!target) return;
     target.hidden = false;
     const inner = target.matches(".claims > li") ? target.querySelector("details") : target.closest("details");
     if (inner) inner.open = true;
     target.scrollIntoView();
-  };
-  window.addEventListener("hashchange", reveal);
-  if (location.hash) reveal();
+  }
+  window.addEventListener("hashchange", () => {
+    view.followed();
+    if (location.hash.includes("=")) restore();
+    reveal();
+  });
+
+  function restore() {
+    restoreOpen();
+    claims?.restore();
+    for (const node of figures) {
+      node.querySelector(".controls")?.remove();
+      node.querySelector(".views")?.replaceChildren();
+    }
+    redraw();
+  }
+
+  const landmarks = all("main > section[id], .experiment, .card[id], .figure[id]");
+  let scrolled = 0;
+  window.addEventListener("scroll", () => {
+    clearTimeout(scrolled);
+    scrolled = setTimeout(() => {
+      if (scrollY < 40) { view.moved(""); return; }
+      const passed = landmarks.filter((node) => node.getBoundingClientRect().top < 90);
+      view.moved(passed.at(-1)?.id ?? "");
+    }, 200);
+  }, { passive: true });
+
+  if (location.hash) {
+    restoreOpen();
+    reveal();
+  }
+
+  // --- printing ----------------------------------------------------------------------------
+  let closedAgain = [];
+  window.addEventListener("beforeprint", () => {
+    root.dataset.printing = "yes";
+    closedAgain = all(".card details, details.block:not(.table)").filter((node) => !node.open);
+    closedAgain.forEach((node) => { node.open = true; });
+  });
+  window.addEventListener("afterprint", () => {
+    closedAgain.forEach((node) => { node.open = false; });
+    delete root.dataset.print;
+    setTimeout(() => { delete root.dataset.printing; }, 0);
+  });
+  const printer = document.getElementById("print");
+  if (printer) {
+    printer.hidden = false;
+    printer.addEventListener("click", () => {
+      root.dataset.print = "claims";
+      window.print();
+    });
+  }
 
   for (const copy of all(".copy")) {
     copy.addEventListener("click", async () => {

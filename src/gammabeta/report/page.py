@@ -18,13 +18,16 @@ except ImportError as error:
 if find_spec("plotly") is None:
     raise ImportError(INSTALL)
 
-from gammabeta.report import _content, _embed, _marks
+from gammabeta.report import _content, _embed, _markdown, _marks
 
 LIMIT = 8_000_000  # bytes of the whole page
 _MARGIN = 100_000
+_SCRIPTS = ("view.js", "stepper.js", "figures.js", "records.js", "claims.js", "page.js")
 
 
-def write(paths: Sequence[Path], out: Path) -> Path:
+def write(
+    paths: Sequence[Path], out: Path, *, compare: bool = False, markdown: bool = False
+) -> Path:
     """Write one self-contained HTML page about run folders and records, and return its path.
 
     The page needs no network and no other file, and stays under 8 MB: where the rows of all
@@ -34,13 +37,16 @@ def write(paths: Sequence[Path], out: Path) -> Path:
     Args:
         paths: one or more run folders, what several of them hold is shown together; or records
             of trainings (`gammabeta.Recorder`), each in a section of its own.
-        out: the HTML file to write; its folder is made where it is missing.
+        out: the file to write; its folder is made where it is missing.
+        compare: put the verdicts of two run folders beside each other as well.
+        markdown: the words and verdicts as Markdown, without figures and rows.
 
     Raises:
         RunError: a folder is not a run folder, or a file is not what it has to be.
         OSError: `out` cannot be written.
         ImportError: the extra `report` is not installed.
-        ValueError: neither was given, or `out` is one of them or a file in one that is no page.
+        ValueError: neither was given, or not two folders to compare, or `out` is one of them or a
+            file in one that is no page.
 
     Example:
         >>> write([], Path("report.html"))
@@ -65,7 +71,8 @@ def write(paths: Sequence[Path], out: Path) -> Path:
             "Name a file with -o."
         )
     _check_apart(target, runs)
-    text = _render(_content.gather(runs))
+    content = _content.gather(runs, compare)
+    text = _markdown.text(content) if markdown else _render(content)
     # A lone surrogate, which JSON can hold, has no UTF-8; it is shown as "?".
     _replace(target, text.encode("utf-8", "replace"))
     return out
@@ -77,12 +84,13 @@ def _check_apart(target: Path, runs: Sequence[Path]) -> None:
         return
     for run in runs:
         # In a run folder all but a page may be its rows and verdicts.
-        inside = run.is_dir() and target.is_relative_to(run.resolve()) and target.suffix != ".html"
+        page = target.suffix in (".html", ".md")
+        inside = run.is_dir() and target.is_relative_to(run.resolve()) and not page
         if inside or (run.exists() and target.samefile(run)):
             raise ValueError(
                 f"report: the page must not take the place of what it shows, got the output "
                 f"{target}, which is {'in' if inside else 'the input'} {run}. "
-                "Name another file with -o, one that ends in .html."
+                "Name another file with -o, one that ends in .html or .md."
             )
 
 
@@ -91,7 +99,7 @@ def _render(content: _content.Content) -> str:
     scripts = {
         "theme": _embed.script_text(_embed.asset("theme.js")),
         "plotly": _embed.script_text(_embed.plotly_script()),
-        "page": _embed.script_text(_embed.asset("records.js") + _embed.asset("page.js")),
+        "page": _embed.script_text("".join(map(_embed.asset, _SCRIPTS))),
     }
     fixed: dict[str, Any] = {
         "page": content,
@@ -105,6 +113,8 @@ def _render(content: _content.Content) -> str:
         "statuses": _marks.STATUSES,
         "number": _marks.number,
         "status_mark": _marks.status_mark,
+        "certainties": _marks.CERTAINTY,
+        "certainty_mark": _marks.certainty_mark,
     }
     tables = {section.id: _table(section) for section in content.sections if section.cells}
     text = template.render(fixed, tables=tables)

@@ -1,8 +1,7 @@
-// Figures of recorded trainings. A slider chooses the step, a list the layer that stands out; both
-// are the browser's own controls, so that the keyboard works as everywhere.
+// Figures of recorded trainings. A slider chooses the step, a list the layer that stands out.
 const recordFigures = (tools) => {
   "use strict";
-  const { css, plain, axis, extent, make } = tools;
+  const { css, plain, axis, extent, react, plotOf, layoutOf, make, stepper, view, viewChoice } = tools;
   const SYMBOLS = ["circle", "square-open", "diamond-open", "triangle-up-open", "x-thin-open", "cross"];
   const DASHES = ["solid", "7px,4px", "2px,3px", "9px,3px,2px,3px", "12px,4px", "4px,2px"];
   const COLORS = ["--curve-bn", "--curve-none", "--curve-2", "--curve-3", "--curve-4", "--curve-5"];
@@ -23,49 +22,22 @@ const recordFigures = (tools) => {
     return { color, dash: "solid", symbol: "circle" };
   }
 
-  function layoutOf(xaxis, yaxis) {
-    const family = getComputedStyle(document.body).fontFamily;
-    return {
-      margin: { l: 8, r: 8, t: 8, b: 8 }, showlegend: false, dragmode: false, hovermode: "closest",
-      paper_bgcolor: "rgba(0,0,0,0)", plot_bgcolor: "rgba(0,0,0,0)",
-      font: { family, size: 11.5, color: css("--muted") }, xaxis, yaxis,
-      hoverlabel: { bgcolor: css("--raised"), bordercolor: css("--line"), align: "left",
-        font: { family, color: css("--ink"), size: 12 } },
-    };
-  }
-  const react = (plot, traces, layout) =>
-    Plotly.react(plot, traces, layout, { displayModeBar: false, responsive: true });
-  const plotOf = (host, place) => host.children[place].querySelector(".plot");
-
   // --- controls --------------------------------------------------------------------------
   function controls(host, figure, draw) {
     const figureNode = host.closest("[data-figure]");
-    let box = figureNode.querySelector(".controls");
-    if (!box) {
-      const last = figure.steps.length - 1;
-      const slider = make("input", { type: "range", min: 0, max: last, step: 1, value: last });
-      const said = make("output", { class: "num" });
-      const list = make("select", {}, ...figure.layers.map((name, at) => make("option", { value: at }, name)));
-      box = make("div", { class: "controls" },
-        make("label", { class: "step" }, "Step ", slider, said));
-      if (figure.layers.length > 1) {
-        if (figure.kind !== "matrix") list.prepend(make("option", { value: -1, selected: "" }, "none"));
-        const name = figure.kind === "matrix" ? "Layer " : "Point out ";
-        box.append(make("label", {}, name, list));
-      }
-      const say = () => {
-        said.textContent = String(figure.steps[slider.value]);
-        slider.setAttribute("aria-valuetext", `step ${figure.steps[slider.value]}`);
-      };
-      slider.addEventListener("input", () => { say(); draw(host, figure); });
-      list.addEventListener("change", () => draw(host, figure));
-      say();
-      host.before(box);
+    const { box, at } = stepper(figureNode, figure.steps, () => draw(host, figure));
+    let list = box.querySelector("select");
+    if (!list && figure.layers.length > 1) {
+      const key = "out." + figureNode.id;
+      list = make("select", {}, ...figure.layers.map((name, place) => make("option", { value: place }, name)));
+      if (figure.kind !== "matrix") list.prepend(make("option", { value: -1 }, "none"));
+      const own = figure.kind === "matrix" ? 0 : -1;
+      list.value = view.get(key) ?? own;
+      if (list.selectedIndex === -1) list.value = own;
+      list.addEventListener("change", () => { view.set(key, list.value, own); draw(host, figure); });
+      box.append(make("label", {}, figure.kind === "matrix" ? "Layer " : "Point out ", list));
     }
-    return {
-      at: Number(box.querySelector("input").value),
-      chosen: Number(box.querySelector("select")?.value ?? (figure.kind === "matrix" ? 0 : -1)),
-    };
+    return { at, chosen: Number(list?.value ?? (figure.kind === "matrix" ? 0 : -1)) };
   }
 
   function legend(host, figure) {
@@ -113,17 +85,23 @@ const recordFigures = (tools) => {
 
   function layers(host, figure) {
     const { at, chosen } = controls(host, figure, layers);
-    legend(host, figure);
     const ys = extent(figure.values.flat(), figure.log);
     const step = figure.steps[at];
+    const names = ["Curves", "Heat map"];
+    const asHeat = figure.layers.length > 2 && figure.steps.length > 1 &&
+      viewChoice(host.closest("[data-figure]"), names, () => layers(host, figure)) === names[1];
+    if (asHeat) overDepth(host, figure);
+    else legend(host, figure);
     const over = figure.layers.map((name, layer) => visible(
       line(figure, layer, chosen, figure.steps, figure.values[layer], name, "step %{x}<br>%{y:.4~g}")));
     const xs = extent(figure.steps, false);
-    react(plotOf(host, 0), front(over, chosen), {
-      ...layoutOf(axis(xs, false, 5), axis(ys, figure.log, 5)),
-      shapes: [{ type: "line", x0: step, x1: step, yref: "paper", y0: 0, y1: 1,
-        line: { color: css("--muted"), width: 1, dash: "dot" } }],
-    });
+    if (!asHeat) {
+      react(plotOf(host, 0), front(over, chosen), {
+        ...layoutOf(axis(xs, false, 5), axis(ys, figure.log, 5)),
+        shapes: [{ type: "line", x0: step, x1: step, yref: "paper", y0: 0, y1: 1,
+          line: { color: css("--muted"), width: 1, dash: "dot" } }],
+      });
+    }
     const places = figure.layers.map((_, layer) => layer + 1);
     const profile = (index, more) => ({
       x: places, y: figure.values.map((values) => values[index]), type: "scatter",
@@ -144,6 +122,16 @@ const recordFigures = (tools) => {
     react(plotOf(host, 1), [profile(0, first), profile(at, now)],
       layoutOf(depth, axis(ys, figure.log, 5)));
   }
+  // The layers as rows, the steps as columns; at most 200 of these.
+  function overDepth(host, figure) {
+    const stride = Math.ceil(figure.steps.length / 200);
+    const pick = (values) => values.filter((_, at) => at % stride === 0);
+    const range = tools.heatRange(figure.values.flat(), figure.log);
+    const panel = { rows: figure.layers, columns: pick(figure.steps), z: figure.values.map(pick) };
+    tools.heatInto(plotOf(host, 0), panel, range, { x: { label: "step" }, y: { label: "layer" } });
+    tools.heatLegend(host, range);
+  }
+
   const short = (name) => plain(name.length > 14 ? "…" + name.slice(-13) : name);
 
   function spectrum(host, figure) {

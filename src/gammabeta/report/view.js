@@ -1,0 +1,58 @@
+// What a reader has set (filters, sliders, what is open, where on the page) lives in the address,
+// after "#": an anchor, then key=value parts. Sent to someone else, it shows the same view.
+const viewOf = (location_, history_) => {
+  "use strict";
+  const values = new Map();
+  let anchor = "";
+  let timer = 0;
+
+  function read() {
+    values.clear();
+    const [first = "", ...rest] = location_.hash.slice(1).split("&");
+    anchor = first.includes("=") ? "" : decode(first);
+    for (const part of first.includes("=") ? [first, ...rest] : rest) {
+      const at = part.indexOf("=");
+      if (at > 0) values.set(decode(part.slice(0, at)), decode(part.slice(at + 1)));
+    }
+  }
+
+  function decode(text) {
+    try {
+      return decodeURIComponent(text);
+    } catch {
+      return ""; // not an address that this page gave
+    }
+  }
+
+  function write() {
+    clearTimeout(timer);
+    timer = setTimeout(() => {
+      const parts = [...values].map((pair) => pair.map(encodeURIComponent).join("="));
+      history_.replaceState(null, "", "#" + [encodeURIComponent(anchor), ...parts].join("&"));
+    }, 120); // browsers allow only so many changes of the address in a second
+  }
+
+  read();
+  return {
+    get: (key) => values.get(key) ?? null,
+    // The value that a page has by itself is not written down.
+    set(key, value, own = "") {
+      if (String(value) === String(own)) values.delete(key);
+      else values.set(key, String(value));
+      write();
+    },
+    get anchor() { return anchor; },
+    moved(name) {
+      if (name === anchor) return;
+      anchor = name;
+      write();
+    },
+    // A link on the page was followed: its anchor is new, the rest of the view stays.
+    followed() {
+      const hash = location_.hash.slice(1);
+      if (hash.includes("=")) read();
+      else anchor = decode(hash);
+      write();
+    },
+  };
+};

@@ -1,0 +1,341 @@
+"""What the page says beside the verdicts themselves: words for exact claims, certainty, chance,
+sources, code, comparison of two runs, figures made from rows, Markdown."""
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+
+import gammabeta
+from gammabeta import _runs
+from gammabeta.report import _content, page
+from tests.test_report import (
+    HOSTILE,
+    claim,
+    figure,
+    hostile_run,
+    registry,
+    spec,
+    text_of,
+    verdict,
+    without_scripts,
+    write_derived,
+    write_registry,
+    write_run,
+)
+
+EMPTY = dict.fromkeys(("effect", "ci", "delta", "half_width", "planned_half_width"))
+
+
+def first_row(html):
+    return re.search(r'<td role="cell" class="question">.*?</tr>', html, re.S).group()
+
+
+def test_an_exact_claim_is_judged_as_worded_and_as_rightly_stated(tmp_path):
+    write_registry(tmp_path / "run", [claim("fold", kind="exact", headline=True)])
+    numbers = {**EMPTY, "effect": 6.7e-16, "unit": "relative error", "place": ""}
+    entry = verdict("fold", status="exact", published_status="fails", **numbers)
+    write_derived(tmp_path / "run", [entry], [])
+    html = without_scripts(text_of([tmp_path / "run"], tmp_path / "report.html"))
+    row = first_row(html)
+    assert re.search(r"as worded</span>\s*<span class=\"status s-fails", row)
+    assert re.search(r"as rightly stated</span>\s*<span class=\"status s-exact", row)
+    assert 'class="bar' not in row
+    assert "δ" not in row
+    assert "for any data · budget small" in row
+    card = html[html.index('id="verdict-fold"') :]
+    assert "As rightly stated" in card
+    assert "Matters from" not in card
+    assert "Done fairly" not in card
+
+
+@pytest.mark.parametrize(
+    ("status", "fields", "told"),
+    [
+        ("exact", {}, ("A", "an identity or a proof")),
+        ("fails", {"certainty": "B"}, ("A", "an identity or a proof")),
+        ("supported", {}, ("C", "this setting only")),
+        ("refuted", {"certainty": "B"}, ("B", "holds in at least 3 of 4 variations")),
+        ("mixed", {"certainty": "C", "variations": "holds in 2 of 4"}, ("C", "holds in 2 of 4")),
+        ("refuted", {"certainty": HOSTILE, "variations": 7}, ("C", "this setting only")),
+        ("inconclusive", {"certainty": "B"}, ("D", "undecided")),
+        ("demo", {}, ("D", "undecided")),
+    ],
+)
+def test_certainty_is_a_letter_with_its_words(status, fields, told, tmp_path):
+    write_derived(tmp_path, [verdict("act-all", status=status, **fields)], [])
+    write_registry(tmp_path, registry()[:1])
+    assert _content.gather([tmp_path]).verdicts[0]["certainty"] == told
+
+
+def test_without_a_delta_there_is_an_effect_and_no_bar(tmp_path):
+    write_registry(tmp_path / "run", registry()[:1])
+    parts = [{"name": name, "part": "fair", "status": "refuted", "effect": at, "n": 5}
+             for name, at in (("sigmoid", 0.087), ("ReLU", 0.4))]  # fmt: skip
+    entry = verdict("act-all", delta=None, effect=0.4, ci=[0.3, 0.5], cells=parts)
+    write_derived(tmp_path / "run", [entry], [])
+    row = first_row(text_of([tmp_path / "run"], tmp_path / "report.html"))
+    assert "no single δ" in row
+    assert '<span class="muted">ReLU</span>' in row  # which part the number is of
+    assert 'role="img"' not in row
+
+
+def test_how_many_false_supported_are_to_be_expected_is_said(tmp_path):
+    run = tmp_path / "run"
+    write_registry(run, registry())
+    told = {"expected_false": 1.6, "supported": 17, "how": "An <upper> bound.", "family": {}}
+    write_derived(run, [verdict("act-all")], [], multiplicity=told)
+    html = text_of([run], tmp_path / "report.html")
+    assert "17 claims are supported, done fairly; at most 1.6 of them" in html
+    assert "An &lt;upper&gt; bound." in html
+    for bad in ([], {}, {**told, "supported": "17"}, {**told, "how": None}):
+        write_derived(run, [verdict("act-all")], [], multiplicity=bad)
+        with pytest.raises(_runs.RunError, match=r"verdicts\.json: multiplicity: expected"):
+            page.write([run], tmp_path / "report.html")
+
+
+def test_sources_are_told_by_their_names_alone(tmp_path):
+    texts = (
+        "Chang et al., MNIST study (MLDS_final_2017), Claim 2 and Fig. 2; Kathuria, an article",
+        "Kathuria, an article; Ioffe & Szegedy 2015 (arXiv 1502.03167), citing LeCun et al.",
+        "",
+    )
+    write_registry(tmp_path, [claim(f"c{n}", source=text) for n, text in enumerate(texts)])
+    found = _content.gather([tmp_path])
+    assert found.claims[0]["sources"] == [
+        "Chang et al., MNIST study",
+        "Kathuria, an article",
+    ]
+    assert found.claims[1]["sources"] == ["Kathuria, an article", "Ioffe & Szegedy 2015"]
+    assert found.claims[2]["sources"] == []
+    assert found.sources[0] == "Kathuria, an article"
+
+
+def test_an_experiment_names_its_code_and_a_line_to_cite(tmp_path):
+    run = write_run(tmp_path / "run", seeds=1)
+    html = text_of([run], tmp_path / "report.html")
+    lines = Path(gammabeta.__file__).with_name("studies").joinpath("activations.py").read_text()
+    at = int(re.search(r"studies/activations\.py</code>: measure, line (\d+)", html).group(1))
+    assert lines.split("\n")[at - 1].startswith("def measure(")
+    cite = "gammabeta 0.1.0, experiment “activations”, MNIST, budget small, code fedcba9876543210."
+    assert cite in html
+    _runs.write_cell(run, spec({}, 0, experiment="of-a-stranger"), [{"step": 1}], "")
+    assert "studies/of_a_stranger" not in text_of([run], tmp_path / "report.html")
+
+
+def test_surprises_lead_to_their_claims_and_stay_short(tmp_path):
+    run = tmp_path / "run"
+    write_registry(run, registry())
+    entry = verdict("act-all")
+    told = [f"act-all: refuted. {entry['sentence']}", "unknown: as it stands."]
+    write_derived(run, [entry], [], surprises=told)
+    html = without_scripts(text_of([run], tmp_path / "report.html"))
+    box = re.search(r'<div class="surprises".*?</div>', html, re.S).group()
+    assert '<a href="#verdict-act-all">Does batch normalization help whatever' in box
+    assert "Refuted." in box
+    assert entry["sentence"] not in box
+    assert "<li>unknown: as it stands.</li>" in box
+
+
+# --- two runs beside each other ---------------------------------------------------------------
+
+
+def pair_of_runs(tmp_path):
+    """Five claims: same, intervals apart, another verdict, and one on each side alone."""
+    names = ("same", "apart", "turned", "first-only", "second-only")
+    for side in (0, 1):
+        run = tmp_path / f"run{side}"
+        write_registry(run, [claim(name, headline=True) for name in names])
+        apart = {"effect": 0.2 + side, "ci": [0.1 + side, 0.3 + side]}
+        entries = [
+            verdict("same"),
+            verdict("apart", **apart),
+            verdict("turned", status=("refuted", "supported")[side]),
+            verdict(("first-only", "second-only")[side]),
+        ]
+        write_derived(run, entries, [figure()] if side else [])
+    return [tmp_path / "run0", tmp_path / "run1"]
+
+
+def test_two_runs_are_compared_claim_by_claim_what_differs_first(tmp_path):
+    runs = pair_of_runs(tmp_path)
+    found = _content.gather(runs, compare=True).comparison
+    assert [(pair.claim, pair.change) for pair in found.pairs] == [
+        ("turned", "verdict"),
+        ("apart", "effect"),
+        ("first-only", "only"),
+        ("second-only", "only"),
+        ("same", "same"),
+    ]
+    page.write(runs, tmp_path / "c.html", compare=True)
+    html = without_scripts((tmp_path / "c.html").read_text(encoding="utf-8"))
+    section = re.search(r'<section id="comparison".*?</section>', html, re.S).group()
+    assert section.count("not judged") == 2
+    assert "1 another verdict" in section
+    assert section.index('data-change="verdict"') < section.index('data-change="same"')
+    assert 'id="comparison"' not in without_scripts(text_of(runs, tmp_path / "both.html"))
+
+
+def test_a_comparison_needs_two_run_folders(tmp_path):
+    runs = pair_of_runs(tmp_path)
+    for given in (runs[:1], [*runs, runs[0]]):
+        with pytest.raises(ValueError, match="a comparison needs two run folders"):
+            page.write(given, tmp_path / "c.html", compare=True)
+
+
+def test_folders_of_one_name_are_told_apart(tmp_path):
+    for place in ("a", "b"):
+        write_registry(tmp_path / place / "run", registry()[:1])
+        write_derived(tmp_path / place / "run", [verdict("act-all")], [])
+    runs = [tmp_path / place / "run" for place in ("a", "b")]
+    assert _content.gather(runs, compare=True).comparison.names == ("run (1)", "run (2)")
+
+
+# --- Markdown ---------------------------------------------------------------------------------
+
+
+def test_markdown_has_the_tables_the_answers_and_the_commands(tmp_path):
+    run = write_run(tmp_path / "run", seeds=1)
+    write_derived(run, [verdict("act-all")], [], surprises=["act-all: refuted. No."])
+    out = page.write([run], tmp_path / "report.md", markdown=True)
+    told = out.read_text(encoding="utf-8")
+    assert told.startswith("# Batch normalization, claim by claim\n")
+    row = next(line for line in told.splitlines() if line.startswith("| Does batch"))
+    columns = [column.strip() for column in row.strip("|").split("|")]
+    assert columns[1:7] == ["supported", "refuted", "−0.2 points", "−0.55 to +0.15", "0.5", "5"]
+    assert columns[7:] == ["C (this setting only)", "MNIST, MLP 100-100 · budget small"]
+    for text in (
+        "Not for tanh",
+        "- act-all: refuted. No.",
+        "gammabeta study run activations --budget small --data mnist --out runs/activations",
+        "gammabeta study judge run --set act-all.delta=0.25",
+        "Cite: The gammabeta developers",
+    ):
+        assert text in told, text
+
+
+def test_texts_of_a_stranger_stay_texts_in_markdown(tmp_path):
+    run = hostile_run(tmp_path / "run")
+    told = page.write([run], tmp_path / "r.md", markdown=True).read_text(encoding="utf-8")
+    outside = [line for line in told.splitlines() if not line.startswith("    ")]
+    assert not any("<" in line.replace("\\<", "") for line in outside)
+    pair = pair_of_runs(tmp_path)
+    told = page.write(pair, tmp_path / "c.md", markdown=True, compare=True).read_text()
+    assert "| Does turned hold? | refuted, −0.2 points | supported, −0.2 points | another" in told
+
+
+# --- figures made from rows -------------------------------------------------------------------
+
+
+def spectra_run(run):
+    """Singular values that move to one with batch normalization; none after step 5 without."""
+    for norm in ("bn", "none"):
+        for seed in (0, 1):
+            rows = [
+                {"kind": "spectrum", "layer": 1, "norm": norm, "step": step, "x": x,
+                 "y": 1 + (x / 50 - 1) / (1 + step * (norm == "bn")) + seed / 10}
+                for step in (0, 5, 50) for x in (0.0, 50.0, 100.0)
+                if norm == "bn" or step < 50
+            ]  # fmt: skip
+            arm = {"activation": "relu", "part": "fair", "rates": norm}
+            _runs.write_cell(run, spec(arm, seed, experiment="jacobians"), rows, "")
+            rows = [
+                {"kind": "influence", "from": k, "to": to, "shift": 0.5 * to + seed}
+                for k in (1, 2) for to in (2, 3) if to > k
+            ]  # fmt: skip
+            arm = {"arm": norm, "part": "fair"}
+            _runs.write_cell(run, spec(arm, seed, experiment="covariate-shift"), rows, "")
+    return run
+
+
+def test_spectra_over_training_share_steps_and_say_what_is_missing(tmp_path):
+    found = _content.gather([spectra_run(tmp_path)]).figures
+    spectra = next(f for f in found if f["kind"] == "steps")
+    assert spectra["steps"] == [0, 5, 50]
+    (panel,) = spectra["panels"]
+    assert panel["title"] == "layer 1, ReLU"
+    bn, none = panel["series"]
+    assert (bn["name"], none["name"]) == ("with batch normalization", "without")
+    assert bn["x"] == [0.0, 50.0, 100.0]
+    assert bn["y"][0] == pytest.approx([0.05, 1.05, 2.05])  # mean of two seeds
+    assert bn["lo"][0] == pytest.approx([0.0, 1.0, 2.0])
+    assert bn["hi"][0] == pytest.approx([0.1, 1.1, 2.1])
+    assert none["y"][2] is None
+    assert "3 steps from 0 to 50" in spectra["alt"]
+
+
+def test_the_influence_of_layers_is_a_matrix_for_each_arm(tmp_path):
+    found = _content.gather([spectra_run(tmp_path)]).figures
+    heat = next(f for f in found if f["kind"] == "heat")
+    assert [panel["title"] for panel in heat["panels"]] == ["with batch normalization", "without"]
+    assert heat["panels"][0]["rows"] == [1, 2]
+    assert heat["panels"][0]["columns"] == [2, 3]
+    assert heat["panels"][0]["z"] == [[1.5, 2.0], [None, 2.0]]
+
+
+def test_rows_of_wrong_types_make_no_figure(tmp_path):
+    rows = [{"kind": "spectrum", "norm": "bn", "step": "x", "x": HOSTILE[:9], "y": True},
+            {"kind": "spectrum", "norm": None, "step": 2, "x": 1.0, "y": None},
+            {"kind": "influence", "from": "a", "to": 1e308, "shift": "b"},
+            {"kind": "sum", "step": 1, "largest": "x"}]  # fmt: skip
+    arm = {"arm": "bn", "part": "fair"}
+    _runs.write_cell(tmp_path, spec(arm, 0, experiment="jacobians"), rows, "")
+    assert _content.gather([tmp_path]).figures == []
+
+
+# --- hostile folders --------------------------------------------------------------------------
+
+
+def _grow(run):
+    with open(next(run.glob("cells/*/*/rows.jsonl")), "ab") as file:
+        file.truncate(51_000_000)
+
+
+def _link(run):
+    cell = next(run.glob("cells/*/*"))
+    cell.rename(run / "elsewhere")
+    cell.symlink_to(run / "elsewhere")
+
+
+def _rows(text):
+    def change(run):
+        next(run.glob("cells/*/*/rows.jsonl")).write_text(text)
+
+    return change
+
+
+def _verdicts(**fields):
+    def change(run):
+        write_derived(run, [verdict("act-all")], [])
+        path = run / "verdicts.json"
+        value = _runs.read_json(path, "verdicts")
+        value["verdicts"][0] |= fields
+        path.write_text(json.dumps(value))
+
+    return change
+
+
+@pytest.mark.parametrize(
+    ("change", "told"),
+    [
+        (_grow, r"rows\.jsonl: the size: expected at most 50 MB"),
+        (_link, "expected a folder, got a file or a symbolic link"),
+        (_rows('{"step": NaN}\n'), r"rows\.jsonl: .*NaN is not a finite number"),
+        (_rows('{"step": 1e999}\n'), r"rows\.jsonl: .*step"),
+        (_rows('{"step": [1]}\n'), r"rows\.jsonl: .*step"),
+        (_rows("[" * 100_000), r"rows\.jsonl: "),
+        (_verdicts(effect="large"), r"verdicts\.json: verdicts\[0\]: effect: expected"),
+        (_verdicts(experiment="../../etc"), r"verdicts\.json: verdicts\[0\]: experiment: expected"),
+        (_verdicts(cells=[{"status": 3}]), r"verdicts\.json: verdicts\[0\]\.cells\[0\]: name"),
+    ],
+)
+def test_a_hostile_folder_gives_an_error_that_names_file_and_field(change, told, tmp_path):
+    run = tmp_path / "run"
+    write_registry(run, registry()[:1])
+    _runs.write_cell(run, spec({"norm": "bn"}, 0), [{"step": 1}], "")
+    change(run)
+    for markdown in (False, True):
+        with pytest.raises(_runs.RunError, match=told):
+            page.write([run], tmp_path / "out" / "report.html", markdown=markdown)
+    assert not (tmp_path / "out").exists()
