@@ -28,7 +28,7 @@ from rich.color import Color
 import gammabeta as gammabeta_package
 from gammabeta import _runs, _terminal, cli
 from gammabeta.cli import _study
-from gammabeta.studies import _claims, _data, _demo, activations
+from gammabeta.studies import _claims, _data, _demo, _run, activations
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -137,10 +137,22 @@ def test_the_same_command_again_runs_nothing(here, shared):
     assert done.returncode == 0
     assert "Nothing was run, 100 were there already" in done.stderr
     assert done.stdout.splitlines()[-1] == LAST
+    told = here("study", "run", *TINY, "--out", shared.out, "--json", cwd=shared.home)
+    assert "Nothing was run" in told.stderr
+    assert told.stdout == here("study", "show", shared.out, "--json").stdout
 
 
-def test_a_dry_run_writes_nothing_and_tells_cpu_seconds(here, tmp_path):
-    done = here("study", "run", *TINY, "--dry-run", "--out", tmp_path / "out", cwd=tmp_path)
+def test_a_dry_run_writes_nothing_and_tells_cpu_seconds(here, tmp_path, monkeypatch):
+    made = []
+    estimate = _run.estimate
+
+    def once(*args, **settings):
+        made[:] = made or [estimate(*args, **settings)]
+        return made[0]
+
+    monkeypatch.setattr(_run, "estimate", once)
+    words = ("study", "run", *TINY, "--dry-run", "--out", tmp_path / "out")
+    done = here(*words, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert list(tmp_path.iterdir()) == []
     lines = done.stdout.splitlines()
@@ -149,6 +161,9 @@ def test_a_dry_run_writes_nothing_and_tells_cpu_seconds(here, tmp_path):
     assert re.match(r"activations +1 +60 +[\d.]+ ", lines[2])
     assert "Nothing was written." in done.stdout
     assert lines[-1] == LAST
+    told = json.loads(here(*words, "--json", cwd=tmp_path).stdout)
+    assert (told["cells"], told["data"]) == (100, "digits")
+    assert told["cpu_seconds"] == pytest.approx(sum(w["cpu_seconds"] for w in told["waves"]))
 
 
 def test_a_deadline_stops_early_and_says_so(here, tmp_path):

@@ -56,8 +56,8 @@ def list_claims(*, json: Json = False) -> int:
         "study run                 # the headline claims, into runs/small",
         "study run act-all --data mnist --seeds 8 -o runs/mine",
         "study run all --dry-run   # how long would it take?",
-        "study run --budget brief  # a quick look at all headline claims: make study",
-        "study run --variant width-half   # does their verdict hold in a variation?",
+        "study run --budget brief  # a quick look: make study",
+        "study run --variant width-half   # does it hold there?",
     )
 )
 def run(
@@ -85,6 +85,7 @@ def run(
     retry_failed: Annotated[bool, Parameter(group=_HOW, show_default=False)] = False,
     dry_run: Annotated[bool, Parameter(group=_INSTEAD, show_default=False)] = False,
     cell: Annotated[str | None, Parameter(group=_INSTEAD)] = None,
+    json: Annotated[Json, Parameter(group=_HOW)] = False,
 ) -> int:
     """Run experiments, judge their claims and write the page.
 
@@ -154,6 +155,10 @@ def run(
         }
         if dry_run:
             estimate = _run.estimate(chosen, **settings)
+            if json:
+                waves = [wave._asdict() for wave in estimate.waves]
+                seconds = {"cpu_seconds": estimate.cpu_seconds, "seconds": estimate.seconds}
+                return dump({**estimate._asdict(), **seconds, "waves": waves})
             _terminal.estimate(estimate)
             if estimate.data == "digits":
                 _terminal.notice(estimate.notice, _data.HOW_TO_GET_MNIST)
@@ -177,17 +182,20 @@ def run(
         judged = _judge.judge([out], budget=kind, data=result.data)
         page, trouble = _keep(out, judged)
         shown = [verdict for verdict in judged.verdicts if verdict.experiment in chosen]
-        _terminal.verdicts(
-            [verdict.to_json() for verdict in shown], _judge.surprises(shown), _claims.claims()
-        )
-        if judged.multiplicity is not None:
-            _terminal.multiplicity(judged.multiplicity)
-        if budget == "brief" and variant is None:
-            _terminal.notice(_headline.NOTICE, _headline.DECIDES)
-        if page is not None:
-            print(f"\nPage: {page}")
-        if result.data == "digits":
-            _terminal.notice(result.notice, _data.HOW_TO_GET_MNIST)
+        if json:
+            dump([public(verdict.to_json()) for verdict in shown])
+        else:
+            _terminal.verdicts(
+                [verdict.to_json() for verdict in shown], _judge.surprises(shown), _claims.claims()
+            )
+            if judged.multiplicity is not None:
+                _terminal.multiplicity(judged.multiplicity)
+            if budget == "brief" and variant is None:
+                _terminal.notice(_headline.NOTICE, _headline.DECIDES)
+            if page is not None:
+                print(f"\nPage: {page}")
+            if result.data == "digits":
+                _terminal.notice(result.notice, _data.HOW_TO_GET_MNIST)
     if trouble:
         raise Unusable(trouble)
     return FAILED if result.failed or result.failed_before else FINE
@@ -340,6 +348,7 @@ def accept(
     out: Annotated[Path, Parameter(alias="-o")] = Path("results"),
     only: Words = None,
     budget: Literal["small", "full"] | None = None,
+    json: Json = False,
 ) -> int:
     """Keep the rows of accepted runs: pack them, an experiment a file, to be committed.
 
@@ -362,6 +371,8 @@ def accept(
         known = {key: e.CLAIMS for key, e in _experiments.experiments().items()}
         ids = _claims.resolve(only, known) if only else None
         kept = _kept.accept(run_folders(paths), out, ids, budget=budget)
+    if json:
+        return dump([{**entry._asdict(), "path": str(entry.path)} for entry in kept])
     _terminal.kept(kept)
     return FINE
 
