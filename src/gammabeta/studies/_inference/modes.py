@@ -113,7 +113,8 @@ def blurred(x: Tensor, generator: torch.Generator) -> Tensor:
     kernel = torch.exp(-((apart / spread) ** 2) / 2) * (apart.abs() <= round(3 * spread))
     # What leaves the image is lost: a row near the edge sums to less than one.
     kernel = (kernel / kernel.sum(1).max()).to(x.dtype)
-    return (kernel @ x.view(-1, side, side) @ kernel).flatten(1)
+    found: Tensor = kernel @ x.view(-1, side, side) @ kernel
+    return found.flatten(1)
 
 
 DOMAINS = {"noise": noisy, "contrast": flat, "blur": blurred}
