@@ -10,6 +10,7 @@ from torch.nn import functional as F
 
 from gammabeta.studies import _data, sensitivity
 from gammabeta.studies._claims import overruled
+from gammabeta.studies._sensitivity import bootstrap
 from gammabeta.studies._sensitivity.bootstrap import paired
 from gammabeta.studies._train import batches, fair_split, pixels, stream
 from tests.simulated import judged, measured, simulate
@@ -77,6 +78,18 @@ def test_the_bootstrap_covers_and_is_repeatable():
     x = [1.0, 0.0] * 16
     assert paired(x, 0.2) == paired(x, 0.2)
     assert paired(x, 0.2).interval.half_width == pytest.approx(1.96 * 0.5 / 32**0.5, rel=0.1)
+
+
+def test_the_rule_errs_as_rarely_as_it_says(monkeypatch):
+    monkeypatch.setattr(bootstrap, "RESAMPLES", 1000)
+    random, statuses = np.random.default_rng(1), {}
+    for mean in (0.0, 0.2):
+        p = [0.25 - mean / 2, 0.5, 0.25 + mean / 2]
+        drawn = [list(random.choice([-1.0, 0.0, 1.0], size=64, p=p)) for _ in range(300)]
+        statuses[mean] = [paired(x, 0.2).status for x in drawn]
+    assert statuses[0.0].count("supported") <= 0.064 * 300
+    assert statuses[0.2].count("refuted") <= 0.064 * 300
+    assert statuses[0.0].count("refuted") > statuses[0.2].count("refuted")
 
 
 # -- made-up rows -------------------------------------------------------------------------------

@@ -57,7 +57,9 @@ from gammabeta.studies._verdict import Verdict
 
 CLAIMS = ("bn-cost", "full-stats-cost")
 
-_COSTS = {"bn-cost": 0.6, "full-stats-cost": 2.2}  # in seconds, about
+# in seconds, about
+_COSTS = {"bn-cost": 0.6, "full-stats-cost": 2.2}
+_TINY = {"bn-cost": 0.08, "full-stats-cost": 0.3}
 _LAYERS = {"this package": "this package's layer", "PyTorch": "PyTorch's layer"}
 
 
@@ -66,11 +68,11 @@ def cells(budget: str, data: str, seeds: int | None, rows: list[Row]) -> list[Ce
     wanted = []
     for claim in CLAIMS:
         if seeds is None and budget != "tiny":
-            wanted += [_cell(claim, seed, 0) for seed in PILOT_SEEDS]
+            wanted += [_cell(budget, claim, seed, 0) for seed in PILOT_SEEDS]
             count = planned(question(claim), [r for r in rows if r.get("claim") == claim]) or 0
         else:
             count = seeds or 2
-        wanted += [_cell(claim, seed, 1) for seed in range(count)]
+        wanted += [_cell(budget, claim, seed, 1) for seed in range(count)]
     return wanted
 
 
@@ -78,12 +80,13 @@ def expected(budget: str, data: str, seeds: int | None) -> list[Cell]:
     """About what a whole run asks for: the least number of draws."""
     if seeds is not None or budget == "tiny":
         return cells(budget, data, seeds, [])
-    main = [_cell(claim, seed, 1) for claim in CLAIMS for seed in range(LEAST_SEEDS)]
+    main = [_cell(budget, claim, seed, 1) for claim in CLAIMS for seed in range(LEAST_SEEDS)]
     return cells(budget, data, None, []) + main
 
 
-def _cell(claim: str, seed: int, wave: int) -> Cell:
-    return Cell("cost", {"claim": claim}, seed, _COSTS[claim], wave)
+def _cell(budget: str, claim: str, seed: int, wave: int) -> Cell:
+    costs = _TINY if budget == "tiny" else _COSTS
+    return Cell("cost", {"claim": claim}, seed, costs[claim], wave)
 
 
 def measure(arm: Mapping[str, Scalar], seed: int, budget: str, data: Images) -> Iterator[Row]:
