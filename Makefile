@@ -9,7 +9,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet -c const
 VARIANTS := fresh-seeds width-half width-double images-small
 
 study: .venv/study.stamp          ## the main job: the twelve headline claims in under five minutes
-	@$(BIN)/gammabeta study run headline --budget brief --deadline 270 --out runs/headline
+	@$(BIN)/gammabeta study run headline --budget brief --deadline 280 --out runs/headline
 
 robustness: .venv/study.stamp     ## the headline claims again: fresh seeds, widths, images; 30 minutes
 	@set -e; for variant in $(VARIANTS); do \

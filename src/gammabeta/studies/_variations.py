@@ -4,7 +4,8 @@ The protocol is that of the budget `small`, cell by cell, but for what the kind 
 experiments stay as they are, and with them the rows that were accepted: what a kind changes is put
 in their place for the time of one cell.
 
-brief          shorter training where all twelve claims would not fit five minutes (`SHORTER`)
+brief          shorter training, or fewer looks at it, in some, since all twelve shall fit five
+               minutes (`SHORTER`)
 fresh-seeds    nothing is changed but the seeds
 width-half     half the units, and channels, in each hidden layer
 width-double   twice as many
@@ -27,9 +28,10 @@ from gammabeta.studies._nets import MLP, Norm
 
 # experiment -> fields of its plan at `small` that are others in brief
 SHORTER: Mapping[str, Mapping[str, Any]] = {
-    "activations": {"fair_steps": 700, "published_steps": 500},
-    "batch-size": {"ghost_steps": 300, "published_steps": 1000},
-    "order": {"steps": {"dense": 600, "convolutional": 450}},
+    "activations": {"fair_steps": 600, "published_steps": 400},
+    "batch-size": {"ghost_steps": 300, "published_steps": 800},
+    "covariate-shift": {"moments": {"deep": 10, "published": 20, "linear": 12}},
+    "order": {"steps": {"dense": 500, "convolutional": 400}},
 }
 # kind -> what its cells have in their arm
 CHANGES: Mapping[str, Mapping[str, Scalar]] = {
