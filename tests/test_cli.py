@@ -519,6 +519,8 @@ def test_a_report_of_two_folders_is_one_file(here, shared, run, tmp_path):
     assert done.returncode == 0, done.stderr
     assert done.stdout == f"{tmp_path / 'page.html'}\n"
     assert b"act-sigmoid-most" in (tmp_path / "page.html").read_bytes()
+    again = here("report", shared.out, "-o", tmp_path / "page.html", "--json")
+    assert json.loads(again.stdout) == [str(tmp_path / "page.html")]
 
 
 # --- the registry ---------------------------------------------------------------------------
@@ -754,6 +756,12 @@ def test_what_needs_no_training_imports_no_heavy_package(words):
     assert not heavy & set(done.stderr.split())
 
 
+def test_every_command_that_tells_something_takes_json(here):
+    for words in COMMANDS:
+        if words not in ("", "study", "data", "--install-completion"):
+            assert "--json" in here(*words.split(), "--help").stdout, words
+
+
 def test_version_and_no_command_at_all(here):
     from gammabeta import __version__
 
@@ -776,6 +784,10 @@ def test_data_path_is_that_of_the_folder_or_says_how_to_get_one(here, tmp_path, 
     none = here("data", "path")
     assert (none.returncode, none.stdout) == (1, "")
     assert none.stderr.endswith(f"{LAST}\n")
+    told = json.loads(here("data", "path", "--data-dir", tmp_path, "--json").stdout)
+    assert told == [str(tmp_path / "mnist")]
+    files = json.loads(here("data", "verify", "--data-dir", tmp_path, "--json").stdout)
+    assert [(file.keys(), file["ok"]) for file in files] == [({"file", "ok", "detail"}, False)] * 4
     done = here("data", "verify", "--data-dir", tmp_path)
     assert done.returncode == 1
     assert Counter(line.split()[0] for line in done.stdout.splitlines()) == {"BAD": 4}

@@ -10,6 +10,7 @@ import os
 import shlex
 import shutil
 import sys
+from collections.abc import Iterable
 from contextlib import suppress
 from pathlib import Path
 from typing import Annotated, Literal
@@ -154,6 +155,7 @@ def _interrupted(given: list[str]) -> str:
     help_epilogue=examples(
         "report runs/headline -o report.html",
         "report runs/mine runs/yours -o c.html   # their rows together",
+        "report runs/a runs/b --compare -o c.html   # verdicts side by side",
         "report record.jsonl -o training.html    # what a Recorder wrote",
         "report runs/small --format gif -o v.gif   # singular values move",
     )
@@ -163,7 +165,9 @@ def report(
     /,
     *,
     out: Annotated[Path | None, Parameter(alias="-o")] = None,
-    format: Literal["html", "gif"] = "html",
+    compare: bool = False,
+    format: Literal["html", "md", "gif"] = "html",
+    json: Json = False,
 ) -> int:
     """Write run folders, or records of trainings, as one self-contained HTML page.
 
@@ -172,55 +176,60 @@ def report(
     paths
         Run folders, or files that a Recorder wrote; the newest run below runs/ unless given.
     out
-        The file to write; report.html or report.gif unless given.
+        The file to write; report.html, report.md or report.gif unless given.
+    compare
+        Put the verdicts of two run folders side by side, those that differ first.
     format
-        gif: animate the singular values of layers over training, a file for each, named after out.
+        md: words and verdicts as Markdown. gif: animate the singular values of layers over
+        training, a file for each, named after out.
     """
     out = Path(f"report.{format}") if out is None else out
     if format == "gif":
         with usable():
             from gammabeta.report import _animation
 
-            for file in _animation.write(run_folders(paths), out):
-                print(file)
-        return FINE
+            files = _animation.write(run_folders(paths), out)
+        return _tell(files, json)
     with usable():
         from gammabeta._runs import is_record
         from gammabeta.report.page import write
 
         records = [path for path in paths or () if is_record(path)]
         folders = [path for path in paths or () if path not in records]
-        print(write([*(run_folders(folders) if folders or not records else ()), *records], out))
-    return FINE
+        runs = run_folders(folders) if folders or not records else []
+        page = write([*runs, *records], out, compare=compare, markdown=format == "md")
+    return _tell([page], json)
 
 
 @data.command(help_epilogue=examples("data fetch", "data fetch --data-dir data"))
-def fetch(*, data_dir: DataDir = None) -> int:
+def fetch(*, data_dir: DataDir = None, json: Json = False) -> int:
     """Download what is missing of MNIST, check it, and print its folder."""
     from gammabeta.studies import _data
 
     with usable():
         try:
-            print(_data.fetch(data_dir))
+            folder = _data.fetch(data_dir)
         except ConnectionError as error:
             return complain(str(error), FAILED)
-    return FINE
+    return _tell([folder], json)
 
 
 @data.command(help_epilogue=examples("data verify", "data verify --data-dir data"))
-def verify(*, data_dir: DataDir = None) -> int:
+def verify(*, data_dir: DataDir = None, json: Json = False) -> int:
     """Check the checksum, sizes and headers of each file of MNIST."""
     from gammabeta.studies import _data
 
     with usable():
         found = _data.verify(data_dir)
-    for check in found:
+    if json:
+        dump([{**check._asdict(), "file": str(check.file)} for check in found])
+    for check in () if json else found:
         print(f"{'good' if check.ok else 'BAD '}  {check.file.name}: {check.detail}")
     return FINE if all(check.ok for check in found) else FAILED
 
 
 @data.command(help_epilogue=examples("data path"))
-def path(*, data_dir: DataDir = None) -> int:
+def path(*, data_dir: DataDir = None, json: Json = False) -> int:
     """Print the folder that MNIST is read from."""
     from gammabeta.studies import _data
 
@@ -228,7 +237,15 @@ def path(*, data_dir: DataDir = None) -> int:
         place = _data.place(data_dir)
     if place.folder is None:
         return complain(f"There is no MNIST yet: {place.why}. {_data.HOW_TO_GET_MNIST}", FAILED)
-    print(place.folder)
+    return _tell([place.folder], json)
+
+
+def _tell(paths: Iterable[Path], json: bool) -> int:
+    """Where something lies, a line each."""
+    if json:
+        return dump([str(path) for path in paths])
+    for path in paths:
+        print(path)
     return FINE
 
 
