@@ -540,6 +540,15 @@ def test_list_json_has_all_claims_and_exactly_these_fields(here):
     assert experiments["adversarial"] is None
 
 
+def test_list_finds_claims_by_words(here):
+    found = json.loads(here("study", "list", "Covariate", "shift", "--json").stdout)
+    assert {"ics-reduced", "not-reduce-shift"} <= {claim["id"] for claim in found}
+    assert len(found) < 20
+    shown = here("study", "list", "covariate", "shift").stdout
+    assert "* ics-reduced " in shown
+    assert "act-all" not in shown
+
+
 def test_list_reads_well_at_80_columns(here):
     done = here("study", "list")
     assert (done.returncode, done.stderr) == (0, "")
@@ -583,7 +592,8 @@ def odd(tmp_path):
         ("study run --deadline 0", ["--deadline", "> 0"]),
         ("study run --deadline nan", ["--deadline", "> 0"]),
         ("study run act-all --cell 0123456789abcdef", ["--cell repeats one cell"]),
-        ("study list extra", ["`gammabeta study list` takes no 'extra'"]),
+        ("env extra", ["`gammabeta env` takes no 'extra'"]),
+        ("study list no-such-word", ["No claim has the words no-such-word", "study list` has all"]),
         ("study show act-al", ["'act-al'", "Did you mean act-all?", "`gammabeta study list`"]),
         ("study show", ["A run folder was expected", "`gammabeta study run headline`"]),
         ("study judge", ["A run folder was expected"]),

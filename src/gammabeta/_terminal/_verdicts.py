@@ -45,7 +45,7 @@ def claims(listed: Collection[Claim]) -> None:
     console.print()
     console.print(
         f"{len(listed)} claims; those with * ({ready}) have an experiment: "
-        "`gammabeta study run CLAIM` decides one, `gammabeta study show CLAIM` tells all about it."
+        "`gammabeta study explain CLAIM` tells all about one, `gammabeta study run CLAIM` decides it."
     )
 
 

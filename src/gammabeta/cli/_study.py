@@ -38,16 +38,39 @@ _INSTEAD = Group("Instead of a run", sort_key=3)
 _SEEDS = validators.Number(gte=1, lte=800)
 
 
-@study.command(name="list", help_epilogue=examples("study list", "study list --json"))
-def list_claims(*, json: Json = False) -> int:
-    """List all claims of the registry, also those that have no experiment yet."""
+@study.command(
+    name="list",
+    help_epilogue=examples("study list", "study list covariate shift", "study list --json"),
+)
+def list_claims(words: Words = None, /, *, json: Json = False) -> int:
+    """List the claims of the registry, also those that have no experiment yet.
+
+    Parameters
+    ----------
+    words
+        Only claims that have all these words in their id, question, text or source.
+    """
     from gammabeta.studies import _claims
 
+    wanted = [word.lower() for word in words or ()]
+    found = [
+        claim
+        for claim in _claims.claims().values()
+        if all(
+            word in " ".join((claim.id, claim.question, claim.title, claim.source)).lower()
+            for word in wanted
+        )
+    ]
+    if not found:
+        raise Unusable(
+            f"No claim has the words {' '.join(words or ())}. `gammabeta study list` has all."
+        )
     if json:
-        return dump(_claims.listing())
+        ids = {claim.id for claim in found}
+        return dump([claim for claim in _claims.listing() if claim["id"] in ids])
     from gammabeta import _terminal
 
-    _terminal.claims(_claims.claims().values())
+    _terminal.claims(found)
     return FINE
 
 
