@@ -44,8 +44,8 @@ def claims(listed: Collection[Claim]) -> None:
     ready = sum(claim.experiment is not None for claim in listed)
     console.print()
     console.print(
-        f"{len(listed)} claims; those with * ({ready}) have an experiment: "
-        "`gammabeta study explain CLAIM` tells all about one, `gammabeta study run CLAIM` decides it."
+        f"{len(listed)} claims; those with * ({ready}) have an experiment: `gammabeta study "
+        "explain CLAIM` tells all about one, `gammabeta study run CLAIM` decides it."
     )
 
 
