@@ -3,6 +3,7 @@
 import collections
 import dataclasses
 import importlib
+import shutil
 from pathlib import Path
 
 import pytest
@@ -421,3 +422,25 @@ def test_the_page_tells_what_holds():
 def test_batch_size_names_its_arms_as_the_rates_do():
     for group, arms in _headline.chosen()["batch-size"].rates.items():
         assert set(arms) == set(batch_size.TUNED[group])
+
+
+def test_accepted_rows_taken_for_a_variation_give_the_accepted_verdict_again(tmp_path):
+    """The same trainings, with the search given by its result: effect and interval are the same."""
+    name = "activations"
+    shutil.copy(RESULTS / f"{name}.jsonl.gz", tmp_path)
+    cells = [
+        cell._replace(spec=spec, rows=_kept._lean(cell.rows))
+        for cell in _runs.read_packed(RESULTS / f"{name}.jsonl.gz")
+        if cell.spec["budget"] == "small" and _headline.needed(name, cell.spec["arm"])
+        for spec in [{**cell.spec, "seed": cell.spec["seed"] + 100, "budget": "fresh-seeds"}]
+    ]
+    _runs.write_packed(tmp_path / "robustness", name, _runs.pack(cells, "0.1.0"))
+    accepted, more = _judge.judge([tmp_path], [name]).verdicts
+    (again,) = _judge.judge([tmp_path / "robustness"]).verdicts
+    assert (again.claim, again.status, again.n) == ("act-all", accepted.status, accepted.n)
+    assert again.published_status == accepted.published_status
+    assert again.ci == pytest.approx(accepted.ci, rel=1e-4)
+    assert accepted.certainty == "C"
+    status = f"fresh seeds {accepted.status}."
+    assert accepted.variations == f"Holds in 1 of 4 variations: {status}"
+    assert (more.claim, more.certainty, more.variations) == ("act-sigmoid-most", "C", "")
