@@ -11,6 +11,7 @@ import torch
 
 from gammabeta import _runs
 from gammabeta.studies import (
+    _card,
     _data,
     _headline,
     _holds,
@@ -390,6 +391,11 @@ def test_rows_of_variations_are_kept_beside_the_accepted_ones(tmp_path, few_arms
         (verdict,) = _judge.judge([runs[-1]]).verdicts
         assert (verdict.claim, verdict.budget, verdict.status) == ("act-all", kind, "demo")
     assert "quick look" in _judge.judge([runs[2]]).notice
+    claim = claims()["act-all"]
+    (varied, brief) = (_card.card(claim, [run]) for run in runs[1:])
+    assert "study run act-all --variant width-half --data digits" in varied.make
+    assert "study run act-all --budget brief --data digits" in brief.make
+    assert "An accepted verdict: these rows are a quick look." in brief.missing
     with pytest.raises(ValueError, match="brief are a quick look"):
         _kept.accept(runs[2:], results, data="digits")
     (kept,) = _kept.accept(runs[:2], results, data="digits")

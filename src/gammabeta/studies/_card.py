@@ -10,7 +10,7 @@ import gammabeta
 from gammabeta import _runs
 from gammabeta.studies import _claims, _provenance
 from gammabeta.studies._claims import Claim
-from gammabeta.studies._experiments import BUDGETS, experiments
+from gammabeta.studies._experiments import BRIEF, BUDGETS, VARIATIONS, experiments
 from gammabeta.studies._judge import judge, plain
 from gammabeta.studies._provenance import Rule
 from gammabeta.studies._status import status
@@ -61,7 +61,8 @@ def card(claim: Claim, paths: Sequence[Path] | None = None, newest: Path | None 
     verdict, missing = _judged(claim, rows)
     budget = verdict.budget if verdict else "small"
     data = f" --data {verdict.data}" if verdict else ""
-    make = f"gammabeta study run {claim.id} --budget {budget}{data} -o runs/{claim.id}"
+    how = "--variant" if budget in VARIATIONS else "--budget"
+    make = f"gammabeta study run {claim.id} {how} {budget}{data} -o runs/{claim.id}"
     homes = [path if path.is_dir() else path.parent for path in rows]
     rules = [_provenance.recorded(home).get(claim.id) for home in homes]
     return Card(
@@ -119,6 +120,8 @@ def _judged(claim: Claim, rows: list[Path]) -> tuple[Verdict | None, list[str]]:
         missing.append("A verdict: rows on the bundled digits are a demonstration.")
     elif verdict.budget == BUDGETS[0]:
         missing.append(f"A verdict: the budget {verdict.budget} decides nothing.")
+    elif verdict.budget == BRIEF:
+        missing.append("An accepted verdict: these rows are a quick look.")
     return verdict, missing
 
 
