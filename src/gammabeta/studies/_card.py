@@ -120,7 +120,7 @@ def _judged(claim: Claim, rows: list[Path]) -> tuple[Verdict | None, list[str]]:
         missing.append("A verdict: rows on the bundled digits are a demonstration.")
     elif verdict.budget == BUDGETS[0]:
         missing.append(f"A verdict: the budget {verdict.budget} decides nothing.")
-    elif verdict.budget == BRIEF:
+    if verdict.budget == BRIEF:
         missing.append("An accepted verdict: these rows are a quick look.")
     return verdict, missing
 
