@@ -94,8 +94,8 @@ def test_the_last_two_layers_stay_and_those_below_move(norm):
 
 
 def test_a_draw_has_all_its_numbers():
-    rows = list(layers.draw(0, DIGITS, "none", 0.1, 120))
-    assert rows == list(layers.draw(0, DIGITS, "none", 0.1, 120))
+    rows = list(layers.draw(0, DIGITS, "none", 0.1, 60))
+    assert rows == list(layers.draw(0, DIGITS, "none", 0.1, 60))
     found = {row["cell"]: row["value"] for row in rows if row["kind"] == "value"}
     assert {deep_layers._ORDER, deep_layers._AGAIN} <= found.keys()
     assert -1 <= found[deep_layers._ORDER] <= 1

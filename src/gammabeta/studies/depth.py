@@ -119,7 +119,7 @@ class Plan(NamedTuple):
 
 _RATES = {
     "2 layers": (0.03, 0.1, 0.3),
-    "8 layers": (0.01, 0.03, 0.1, 0.3),
+    "8 layers": (0.03, 0.1, 0.3),
     "20 layers": (0.01, 0.03, 0.1, 0.3),
     "2 layers, N(0, 0.1)": (0.03, 0.1, 0.3),
     "20 layers, N(0, 0.1)": (0.03, 0.1, 0.3, 1.0),
@@ -184,7 +184,7 @@ def _wanted(
             planned=max(asked),
         )
     found = [_cell(plan, *wish) for wish in wanted]
-    for part, cost in (("noise", 0.35), ("moments", 1.1)):
+    for part, cost in (("noise", 0.26), ("moments", 0.82)):
         arm: dict[str, Scalar] = {"part": part}
         found += [Cell("depth", arm, seed, cost, 1) for seed in range(plan.draws[part])]
     count = plan.seeds if seeds is None else seeds
