@@ -1,0 +1,1 @@
+"""What is trained in the experiment on population statistics."""
