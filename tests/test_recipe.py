@@ -56,13 +56,28 @@ def test_dropout_stands_before_the_last_layer_and_draws_from_its_own_numbers():
         assert torch.equal(a, b)
 
 
+@pytest.mark.parametrize("side", [8, 14, 28])
+def test_convolutional_arms_start_alike_and_bias_is_where_bn_does_not_follow(side):
+    kinds = recipe.RECIPES["convolutional"]
+    nets = [training.network(side**2, kinds[arm], 3) for arm in ("bn", "none")]
+    weights = [[p for p in net.parameters() if p.dim() > 1] for net in nets]
+    assert [len(w) for w in weights] == [3, 3]
+    assert all(torch.equal(a, b) for a, b in zip(*weights, strict=True))
+    convs = [[m for m in net.layers if isinstance(m, torch.nn.Conv2d)] for net in nets]
+    assert [[m.bias is None for m in c] for c in convs] == [[True, True], [False, False]]
+    assert [sum("BatchNorm2d" in str(type(m)) for m in net.layers) for net in nets] == [2, 0]
+    assert nets[0](torch.rand(5, side**2)).shape == (5, 10)
+
+
 def test_rates_are_multiples_of_the_best_one_without_bn():
-    best = {"plain": {"bn": 1.0, "none": 0.3}, "recipe": {"inception": 0.1}}
+    both = {"bn": 0.3, "none": 0.1}
+    best = {"plain": {"bn": 1.0, "none": 0.3}, "recipe": {"inception": 0.1}, "convolutional": both}
     rates = {(w.group, w.arm): w.rate for w in recipe.trained(best, recipe.RECIPES)}
     assert rates["plain", "none"] == rates["plain", "bn x1"] == 0.3
     assert rates["plain", "bn"] == 1.0
     assert rates["plain", "bn x5"] == rates["plain", "sigmoid x5"] == 1.5
     assert rates["plain", "bn x30"] == 9.0
+    assert rates["convolutional", "bn x5"] == 0.5
     assert (rates["recipe", "baseline"], rates["recipe", "recipe x30"]) == (0.1, 3.0)
 
 
@@ -82,7 +97,7 @@ def made(gain=1.0, speed=5.0, recipe_speed=5.0, sd=0.05):
             + jitter
             - (5 * abs(cell["rate"] - best) * (cell["part"] == "tuning"))
         )
-        fast = {"plain": speed, "recipe": recipe_speed}[cell["group"]] if kind.bn else 1.0
+        fast = {"recipe": recipe_speed}.get(cell["group"], speed) if kind.bn else 1.0
         found = []
         for step in recipe.log_steps(1000, 24, first=2):
             reach = 0.9 * (1 - math.exp(-fast * step / 200 * math.exp(jitter)))
@@ -153,7 +168,8 @@ def test_digits_tiny_missing_rows_another_rule_and_the_estimate():
 
 
 def test_real_rows_of_the_digits_are_judged_and_drawn():
-    best = {"plain": {"bn": 0.1, "none": 0.1}, "recipe": {"inception": 0.1}}
+    same = {"bn": 0.1, "none": 0.1}
+    best = {"plain": same, "recipe": {"inception": 0.1}, "convolutional": same}
     arms = [
         {"part": "fair" if what.arm in recipe.MAIN[what.group] else "shown", **what._asdict()}
         for what in recipe.trained(best, recipe.RECIPES)

@@ -1,5 +1,7 @@
 """Training by a recipe: dropout, weight decay, a rate that halves (the protocol is elsewhere)."""
 
+import itertools
+import math
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
@@ -7,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
+from gammabeta.layers.batch_norm import BatchNorm2d
 from gammabeta.studies._nets import MLP
 from gammabeta.studies._train import batches, pixels, stream
 
@@ -20,6 +23,7 @@ class Recipe(NamedTuple):
     dropout: float = 0.0
     decay: float = 0.0  # of all weight matrices
     halvings: float = 0.0  # of the rate, over the whole training
+    convolutional: bool = False
 
 
 class Dropped(nn.Module):
@@ -36,8 +40,36 @@ class Dropped(nn.Module):
         return x * kept / (1 - self.p)
 
 
+class Convolutional(MLP):
+    """Two convolutions with stride 2 and a dense layer; takes rows of pixels, as ``MLP`` does."""
+
+    def __init__(self, side: int, bn: bool, generator: torch.Generator, width: float) -> None:
+        nn.Module.__init__(self)
+        kernel = 5 if side >= 13 else 3
+        channels = (1, round(8 * width), round(16 * width))
+        layers: list[nn.Module] = [nn.Unflatten(1, (1, side, side))]
+        # PyTorch's own initialization would draw from the global random state.
+        with torch.random.fork_rng(devices=()):
+            for fan, out in itertools.pairwise(channels):
+                layers.append(nn.Conv2d(fan, out, kernel, stride=2, bias=not bn))
+                layers += [BatchNorm2d(out), nn.ReLU()] if bn else [nn.ReLU()]
+                side = (side - kernel) // 2 + 1
+            last = nn.Linear(channels[-1] * side**2, 10)
+        self.layers = nn.Sequential(*layers, nn.Flatten(), last)
+        for layer in self.layers:
+            if isinstance(layer, nn.Conv2d | nn.Linear):
+                std = math.sqrt(2 / layer.weight[0].numel())
+                nn.init.trunc_normal_(
+                    layer.weight, std=std, a=-2 * std, b=2 * std, generator=generator
+                )
+                if layer.bias is not None:
+                    nn.init.constant_(layer.bias, 0.1)
+
+
 def network(count: int, recipe: Recipe, seed: int, width: float = 1.0) -> MLP:
     """The network of an arm; dropout stands before the last layer."""
+    if recipe.convolutional:
+        return Convolutional(math.isqrt(count), recipe.bn, stream(seed, "weights"), width)
     units = round(100 * width)
     net = MLP((count, units, units, 10), recipe.activation, recipe.bn, stream(seed, "weights"))
     if recipe.dropout:
