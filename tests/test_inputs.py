@@ -139,7 +139,7 @@ def test_all_arms_have_the_same_trials_and_the_card_tells_the_rates_as_they_were
     assert len(tried) == 9
     assert {frozenset(v) for v in tried.values()} == {frozenset({0.1, 0.3, 1.0, 3.0})}
     notes = " ".join(judged(inputs, rows)["zero-centred"].notes)
-    assert "x + 3 at 0.003; 0 to 255 at 3e-06" in notes
+    assert "x + 3 at 0.003; 0 to 255 at 9e-06" in notes
     assert "standardized at 0.1" in notes
 
 
