@@ -418,6 +418,7 @@ def test_explain_tells_all_about_a_claim_at_80_columns(here, shared):
     for text in (claim.question, claim.title, claim.source, claim.reported, claim.rule):
         assert text in folded
     assert "Primary contrast" in folded or "primary contrast" in folded  # the protocol
+    assert done.stdout.splitlines()[1].startswith("  as published o demo, fair o demo (")
     heads = ["Claim", "Protocol of the experiment activations", "Rule", "Numbers", "Verdicts"]
     heads += ["Missing", "Make it", "Dispute it"]
     lines = done.stdout.splitlines()

@@ -31,6 +31,10 @@ def explain(card: Card) -> None:
     console = make_console()
     claim, verdict = card.claim, card.verdict
     console.print(Text.assemble((claim.id, "bold"), "  ", claim.question))
+    if verdict is not None:
+        both = (mark(verdict.published_status), ", fair ", mark(verdict.status))
+        place = f" ({verdict.place or verdict.data}, budget {verdict.budget})"
+        console.print(Text.assemble("  as published ", *both, place))
 
     def section(name: str) -> None:
         console.print(f"\n{name}", style="bold")
@@ -55,15 +59,14 @@ def explain(card: Card) -> None:
         section("Numbers")
         console.print(Padding(_numbers(verdict), (0, 0, 0, 2)))
         section("Verdicts")
-        told = verdict.to_json()
         show(
             ("as published", mark(verdict.published_status)),
             ("fair", mark(verdict.status)),
             ("effect", _effect(verdict)),
             ("precision", _precision(verdict)),
             ("answer", verdict.sentence),
-            ("certainty", _CERTAIN.get(told.get("certainty", ""), "")),
-            ("variations", told.get("variations", "")),
+            ("certainty", _CERTAIN.get(verdict.certainty, "")),
+            ("variations", verdict.variations),
             *(("note", note) for note in verdict.notes),
         )
     if claim.caveats:
