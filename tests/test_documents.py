@@ -201,11 +201,20 @@ KERNELS = _page.stored("kernels")
 
 def with_tables(text: str) -> str:
     """The README with its tables as they should be."""
-    for name, lines in (("headline", headline()), ("speed", speed())):
+    for name, lines in (("picture", picture()), ("headline", headline()), ("speed", speed())):
         start, end = f"<!-- {name}: python -m tests.test_documents -->\n", "<!-- end -->"
         head, rest = text.split(start)
-        text = head + start + "\n".join(["", *lines, "", end]) + rest.split(end, 1)[1]
+        inside = ["", *lines, "", end] if lines else [end]
+        text = head + start + "\n".join(inside) + rest.split(end, 1)[1]
     return text
+
+
+def picture() -> list[str]:
+    """The report's first screen, where `make picture` has drawn it."""
+    if not (ROOT / "docs" / "report.png").exists():
+        return []
+    alt = "The first screen of the report: the headline claims with both verdicts and effects"
+    return [f"[![{alt}](docs/report.png)](docs/verdicts.md)"]
 
 
 def headline() -> list[str]:
