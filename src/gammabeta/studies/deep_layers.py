@@ -10,9 +10,9 @@ for the layer. All arms of a seed share start and batches.
 Fair (the only verdict: the lecture has no runs, and the network of Lee et al. 2015 is a
 convolutional one, trained otherwise)
     Each arm trains at its own best learning rate: highest accuracy on the first 2,000 of the last
-    5,000 training images, mean of seeds 800 and 801, from 0.03, 0.1, 0.3; a best value at an edge
-    extends the grid for all arms of that network, unless it is below 20 %, where no rate is better
-    than chance. Seeds 900 to 903 are a pilot: they give the
+    5,000 training images, mean of seeds 800 and 801, from 0.03, 0.1, 0.3 (sigmoid: also 1, 3); a
+    best value at an edge extends the grid for all arms of that network, unless it is below 20 %,
+    where no rate is better than chance. Seeds 900 to 903 are a pilot: they give the
     number of seeds (5 to 16; predicted half-width of the 95 % interval delta / 2), and are used for
     nothing else.
 
@@ -124,7 +124,7 @@ class Plan(NamedTuple):
     decides: bool  # False: fixed grid, no pilot, no verdict
 
 
-_RATES = dict.fromkeys(GROUPS, (0.03, 0.1, 0.3))
+_RATES = dict.fromkeys(GROUPS, (0.03, 0.1, 0.3)) | {"sigmoid": (0.03, 0.1, 0.3, 1.0, 3.0)}
 PLANS = {
     "tiny": Plan(3, 20, 6, 1, dict.fromkeys(GROUPS, (0.1,)), 500, False),
     "small": Plan(300, 800, heads.DEPTH, LEAST_SEEDS, _RATES, 5000, True),

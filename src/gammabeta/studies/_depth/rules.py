@@ -24,7 +24,7 @@ from gammabeta.studies._tuned import (
 )
 from gammabeta.studies._verdict import Outcome, Verdict, controlled
 
-_SLOPE, _SCALE = "slope without BN", "variance of SELU"
+_SLOPE, _SCALE = "slope without BN, decades in ten layers", "variance of SELU"
 
 
 class Seen(NamedTuple):
@@ -66,9 +66,9 @@ def inputs(seen: Seen) -> Verdict:
     parts = {
         MORE: Part(list(gaps.values()), "superiority", limits["delta"], level="accuracy"),
         _SLOPE: Part(
-            slopes.pop("noise in all layers, without", []),
+            [10 * slope for slope in slopes.pop("noise in all layers, without", [])],
             "superiority",
-            limits["slope"],
+            10 * limits["slope"],
             level="fluctuations",
         ),
     }
@@ -82,7 +82,7 @@ def inputs(seen: Seen) -> Verdict:
     more = shown("BN − none, 20 layers", deep)
     more += shown("BN − none, 2 layers", list(gain("2 layers", seen.runs, seen.best).values()))
     for name, each in slopes.items():
-        more += shown(f"slope, {name}", each, "before training")
+        more += shown(f"slope, {name}", [10 * slope for slope in each], "before training")
     words = Words(
         "batch normalization gains more in deep networks on standardized inputs, and fluctuations "
         "grow with depth: {weakest}",
