@@ -27,12 +27,15 @@ def test_an_arm_is_sgd_with_decay_of_matrices_and_a_rate_that_halves(monkeypatch
     monkeypatch.setitem(recipe.RECIPES["recipe"], "recipe x5", kind._replace(decay=0.1))
     x, y, test_x, test_y = fair_split(DIGITS, 5, "test")
     net = training.network(64, kind, 5)
-    parameters = list(net.parameters())
+    decayed = [p for p in net.parameters() if p.dim() > 1]
+    others = [p for p in net.parameters() if p.dim() == 1]
+    update = torch.optim.SGD([{"params": decayed, "weight_decay": 0.1}, {"params": others}], lr=1)
     for step, index in enumerate(itertools.islice(batches(len(x), 64, stream(5, "order")), 12)):
-        loss = F.cross_entropy(net(pixels(x[index], 16)), y[index])
-        for p, g in zip(parameters, torch.autograd.grad(loss, parameters), strict=True):
-            decay = 0.1 * p.data if p.dim() > 1 else 0.0
-            p.data -= 0.5 * 2 ** (-6 * step / 12) * (g + decay)
+        for group in update.param_groups:
+            group["lr"] = 0.5 * 2 ** (-6 * step / 12)
+        update.zero_grad()
+        F.cross_entropy(net(pixels(x[index], 16)), y[index]).backward()
+        update.step()
     share = (net.eval()(pixels(test_x, 16)).argmax(1) == test_y).double().mean().item()
     arm = {"part": "fair", "group": "recipe", "arm": "recipe x5", "rate": 0.5}
     *_, last = recipe.measure(arm, 5, "tiny", DIGITS)

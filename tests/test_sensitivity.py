@@ -55,12 +55,11 @@ def test_a_run_is_sgd_with_momentum(monkeypatch):
     assert drawn.momentum == 0.9
     x, y, test_x, test_y = fair_split(DIGITS, seed, "test")
     net = sensitivity.started((64, 100, 100, 10), "relu", True, "hyper", seed, drawn)
-    moved = {p: torch.zeros_like(p) for p in net.parameters()}
+    update = torch.optim.SGD(net.parameters(), lr=drawn.rate, momentum=0.9)
     for index in itertools.islice(batches(len(x), 64, stream(seed, "order")), 9):
-        loss = F.cross_entropy(net(pixels(x[index], 16)), y[index])
-        for p, g in zip(moved, torch.autograd.grad(loss, list(moved)), strict=True):
-            moved[p] = 0.9 * moved[p] + g
-            p.data -= drawn.rate * moved[p]
+        update.zero_grad()
+        F.cross_entropy(net(pixels(x[index], 16)), y[index]).backward()
+        update.step()
     share = (net.eval()(pixels(test_x, 16)).argmax(1) == test_y).double().mean().item()
     arm = {"part": "hyper", "group": "relu", "arm": "bn", "rate": 0.0}
     *_, last = sensitivity.measure(arm, seed, "tiny", DIGITS)

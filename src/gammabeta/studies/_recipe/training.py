@@ -3,7 +3,7 @@
 import itertools
 import math
 from collections.abc import Iterator, Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -90,21 +90,17 @@ def trainings(
     stops: Sequence[int],
 ) -> Iterator[tuple[int, float]]:
     """SGD with weight decay and a rate that halves; yields step and loss at the stops."""
-    matrices = [p for p in net.parameters() if p.dim() > 1]
-    others = [p for p in net.parameters() if p.dim() == 1]
-    groups: list[dict[str, Any]] = [
-        {"params": matrices, "weight_decay": recipe.decay},
-        {"params": others},
-    ]
-    optimizer = torch.optim.SGD(groups, lr=rate)
+    parameters = list(net.parameters())
     flat, order = x.flatten(1), batches(len(x), 64, stream(seed, "order"))
     net.train()
     for step, index in zip(range(1, steps + 1), order, strict=False):
-        for group in optimizer.param_groups:
-            group["lr"] = rate * 0.5 ** (recipe.halvings * (step - 1) / steps)
-        optimizer.zero_grad()
+        now = rate * 0.5 ** (recipe.halvings * (step - 1) / steps)
         loss = cross_entropy(net(pixels(flat[index], pixel_max)), y[index])
-        loss.backward()  # type: ignore[no-untyped-call]
-        optimizer.step()
+        gradients = torch.autograd.grad(loss, parameters)
+        with torch.no_grad():
+            for parameter, gradient in zip(parameters, gradients, strict=True):
+                if recipe.decay and parameter.dim() > 1:
+                    parameter.mul_(1 - now * recipe.decay)
+                parameter.sub_(gradient, alpha=now)
         if step in stops:
             yield step, loss.item()
