@@ -108,8 +108,8 @@ def simulated(early=3.0, late=0.0, long=None, batch=2.0, frozen=2.0, large=0.0, 
     def average(seed, step):
         lost = early if step <= 100 else late
         row = {"step": step, "diverged": False, "precise": 0.9}
-        for column in ("started", "average_0.9", "average_0.99", "average_0.999"):
-            own = long if long is not None and column.endswith("0.999") else lost
+        for column in ("started", "average_9", "average_99", "average_999"):
+            own = long if long is not None and column.endswith("_999") else lost
             row[column] = 0.9 - (own + noise(seed, column, step, sd=sd)) / 100
         return row
 

@@ -223,7 +223,7 @@ def _averages(rows: Sequence[Row], part: str, plan: Plan, *, started: bool = Fal
     """The parts of precise-bn."""
     delta, found = claims()["precise-bn"].thresholds["delta"], {}
     for decay in averages.DECAYS[: 1 if started else None]:
-        column, level = f"average_{decay:g}", LEVELS[decay]
+        column, level = averages.column(decay), LEVELS[decay]
         if started:
             column, level = "started", ""
         early = _difference(rows, part, column, _phase(plan, "early"))
@@ -300,7 +300,7 @@ def _spreads(rows: Sequence[Row], plan: Plan) -> dict[str, dict[int, float]]:
     for decay in averages.DECAYS:
         for phase in PHASES:
             each = [
-                _difference(rows, "averages", f"average_{decay:g}", [step])
+                _difference(rows, "averages", averages.column(decay), [step])
                 for step in _phase(plan, phase)
             ]
             shared = set.intersection(*(set(by) for by in each))
@@ -350,7 +350,7 @@ def figures(rows: list[Row]) -> list[dict[str, Any]]:
         return []
     runs = collect(rows, KEYS)
     where = PLACES.get(str(rows[0]["data"]), str(rows[0]["data"]))
-    names = {"precise": "precise", **{f"average_{d:g}": f"decay {d:g}" for d in averages.DECAYS}}
+    names = {"precise": "precise", **{averages.column(d): f"decay {d:g}" for d in averages.DECAYS}}
     own = [row for row in rows if row.get("part") == "averages"]
     steps = sorted({row["step"] for row in own if isinstance(row["step"], int)})
     series: list[dict[str, Any]] = []

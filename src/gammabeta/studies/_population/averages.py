@@ -20,6 +20,11 @@ REFERENCE = 2000  # images whose statistics are the precise ones
 _BATCH = 256
 
 
+def column(decay: float) -> str:
+    """Where a row has the accuracy by averages of a decay: 0.99 is average_99."""
+    return "average_" + f"{decay:g}".removeprefix("0.")
+
+
 class Averages:
     """Exponential moving averages of the batch statistics that pass through a network.
 
@@ -82,7 +87,7 @@ def measure(
         row: Row = {"step": step, "diverged": not math.isfinite(loss)}
         for decay in DECAYS:
             averages.put(other, decay, started=False)
-            row[f"average_{decay:g}"] = accuracy(other, held, held_y[:images])
+            row[column(decay)] = accuracy(other, held, held_y[:images])
         averages.put(other, DECAYS[0], started=True)
         row["started"] = accuracy(other, held, held_y[:images])
         calibrate(other, reference)
