@@ -110,7 +110,7 @@ def arms(needed=0.0, form=0.0, gamma=1.2, sd=0.1, **by_group):
         arm, group = cell["arm"], cell["group"]
         need, more = by_group.get(group, (needed, form))
         level = {"learned": need, "input": need + more, "gamma": need / 2}.get(arm, 0.0)
-        best = 3.0 if group == "sigmoid" else 0.3
+        best = {"fixed": 1.0}.get(arm, 3.0) if group == "sigmoid" else 0.3
         level += 92 - abs(cell["rate"] - best) + noise(seed, group, arm, sd=sd)
         for step in (1, 2, 3):
             row = {"step": step, "accuracy": level / 100, "diverged": False}

@@ -151,9 +151,10 @@ def cells(budget: str, data: str, seeds: int | None, rows: list[Row]) -> list[Ce
 
 
 def expected(budget: str, data: str, seeds: int | None) -> list[Cell]:
-    """About what a whole run asks for: grids grow by one rate, and half as many seeds more."""
+    """About what a whole run asks for: grids grow somewhat, and half as many seeds more."""
     plan = PLANS[budget]
-    more = {g: (*rates, 100.0) if plan.decides else rates for g, rates in plan.rates.items()}
+    grown = {"sigmoid": (0.3, 30.0), "relu": (3.0,)} if plan.decides else dict.fromkeys(GROUPS, ())
+    more = {group: (*rates, *grown[group]) for group, rates in plan.rates.items()}
     tunings = {
         group: search({}, {group: arms}, more[group], grow=False)[group]
         for group, arms in GROUPS.items()

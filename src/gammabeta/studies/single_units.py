@@ -189,7 +189,8 @@ def _cell(plan: Plan, wave: int, seed: int, part: str, what: Trained) -> Cell:
         steps = plan.steps  # hardly ever arrives
     wide = UNITS[what.group] / 100
     step = (1.2e-3 + (0.6e-3 if norm else 0.0) + (0.4e-3 if share else 0.0)) * wide
-    cost = min(steps, plan.steps) * step + (0.04 if part == "tuning" else 0.2) * wide
+    clamping = 0.0 if part == "tuning" else 8e-3 * plan.orders
+    cost = min(steps, plan.steps) * step + (0.04 + clamping) * wide
     return Cell("single-units", arm, seed, round(cost, 3), wave)
 
 
