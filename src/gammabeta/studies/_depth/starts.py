@@ -115,4 +115,5 @@ def _value(cell: str, number: float | Tensor) -> Row:
 
 
 def _point(curve: str, series: str, x: float, y: float | Tensor) -> Row:
-    return {"kind": "curve", "curve": curve, "series": series, "x": float(x), "y": float(y)}
+    # Drawn, not judged: four digits keep the rows small.
+    return {"kind": "curve", "curve": curve, "series": series, "x": x, "y": float(f"{y:.4g}")}
