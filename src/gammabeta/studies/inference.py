@@ -351,8 +351,8 @@ WORDS = {
         "running statistics are not as good as precise ones, or a single sample in training mode "
         "does not fail: {refuted}",
         "running statistics differ from precise ones: {weakest}",
-        "running statistics are as good as precise ones and a single sample in training mode "
-        "fails in one network alone; not so: {refuted}",
+        "in one of the two networks alone running statistics are as good as precise ones and a "
+        "single sample in training mode fails; not so: {refuted}",
     ),
     "train-flag": Words(
         "training mode at evaluation costs accuracy on images sorted by class, and a single sample "
