@@ -144,13 +144,18 @@ def test_one_claim_a_page_is_printed_on_demand(tab):
     assert not tab.locator("#claims").is_visible()
     assert cards.first.locator("h3").is_visible()
     assert not caveats.is_visible()
+    color = "document.querySelector('#fig-activations-grid .plot').data[0].line.color"
+    tab.evaluate("document.documentElement.dataset.theme = 'dark'")
     tab.evaluate("window.dispatchEvent(new Event('beforeprint'))")
     assert caveats.is_visible()
+    assert tab.evaluate(color) == "#0072b2"  # of the light theme: paper is light
     assert 3 <= pages() <= 6
     tab.evaluate("window.dispatchEvent(new Event('afterprint'))")
     tab.emulate_media(media="screen")
     assert tab.locator("#claims").is_visible()
     assert not caveats.is_visible()
+    assert tab.evaluate(color) == "#56b4e9"
+    tab.evaluate("delete document.documentElement.dataset.theme")
 
 
 def test_the_address_restores_the_whole_view(chromium, made, tab):

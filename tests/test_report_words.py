@@ -57,7 +57,11 @@ def test_an_exact_claim_is_judged_as_worded_and_as_rightly_stated(tmp_path):
         ("fails", {"certainty": "B"}, ("A", "an identity or a proof")),
         ("supported", {}, ("C", "this setting only")),
         ("refuted", {"certainty": "B"}, ("B", "holds in at least 3 of 4 variations")),
-        ("mixed", {"certainty": "C", "variations": "holds in 2 of 4"}, ("C", "holds in 2 of 4")),
+        (
+            "mixed",
+            {"certainty": "C", "variations": "Holds in 2 of 4: a, b."},
+            ("C", "Holds in 2 of 4"),
+        ),
         ("refuted", {"certainty": HOSTILE, "variations": 7}, ("C", "this setting only")),
         ("inconclusive", {"certainty": "B"}, ("D", "undecided")),
         ("demo", {}, ("D", "undecided")),
@@ -172,7 +176,7 @@ def test_two_runs_are_compared_claim_by_claim_what_differs_first(tmp_path):
     html = without_scripts((tmp_path / "c.html").read_text(encoding="utf-8"))
     section = re.search(r'<section id="comparison".*?</section>', html, re.S).group()
     assert section.count("not judged") == 2
-    assert "1 another verdict" in section
+    assert "Of 5 claims: another verdict, 1; the same verdict, intervals apart, 1;" in section
     assert section.index('data-change="verdict"') < section.index('data-change="same"')
     assert 'id="comparison"' not in without_scripts(text_of(runs, tmp_path / "both.html"))
 
@@ -197,7 +201,7 @@ def test_folders_of_one_name_are_told_apart(tmp_path):
 
 def test_markdown_has_the_tables_the_answers_and_the_commands(tmp_path):
     run = write_run(tmp_path / "run", seeds=1)
-    write_derived(run, [verdict("act-all")], [], surprises=["act-all: refuted. No."])
+    write_derived(run, [verdict("act-all")], [], surprises=["act-all: refuted. Not so.", "x: y."])
     out = page.write([run], tmp_path / "report.md", markdown=True)
     told = out.read_text(encoding="utf-8")
     assert told.startswith("# Batch normalization, claim by claim\n")
@@ -207,7 +211,8 @@ def test_markdown_has_the_tables_the_answers_and_the_commands(tmp_path):
     assert columns[7:] == ["C (this setting only)", "MNIST, MLP 100-100 · budget small"]
     for text in (
         "Not for tanh",
-        "- act-all: refuted. No.",
+        "- Does batch normalization help whatever the activation? Refuted. Not so.",
+        "- x: y.",
         "gammabeta study run activations --budget small --data mnist --out runs/activations",
         "gammabeta study judge run --set act-all.delta=0.25",
         "Cite: The gammabeta developers",

@@ -252,6 +252,7 @@ def _complete(page: Content, verdicts: Sequence[Verdict]) -> None:
         verdict["place"] = _place(verdict)
         verdict["where"] = f"{verdict['place']} · budget {verdict['budget']}"
         verdict["certainty"] = _certainty(verdict)
+        verdict["variations"] = _varied(verdict)
         verdict["ratio"] = _ratio(verdict, verdict["effect"])
         deciding = [cell for cells in verdict["parts"].values() for cell in cells]
         verdict["scale"] = Scale(_ratios(verdict, [c for c in deciding if c["reason"] != "shown"]))
@@ -290,13 +291,17 @@ def _place(verdict: Verdict) -> str:
 
 def _certainty(verdict: Verdict) -> tuple[str, str]:
     """How sure a reader may be: a letter, and what is known of variations of the setting."""
-    told, held = verdict.get("certainty"), verdict.get("variations")
+    told, held = verdict.get("certainty"), _varied(verdict).split(":")[0]
     letter = {"exact": "A", "fails": "A", "inconclusive": "D", "demo": "D"}.get(verdict["status"])
     if letter is None:
         letter = told if told in ("B", "C") else "C"
-    if isinstance(held, str) and held and letter in "BC":
-        return letter, held
-    return letter, CERTAINTY[letter]
+    return letter, held if held and letter in "BC" else CERTAINTY[letter]
+
+
+def _varied(verdict: Verdict) -> str:
+    """In which variations of its setting the verdict holds, if that was tried."""
+    told = verdict.get("variations")
+    return told if isinstance(told, str) else ""
 
 
 def _sources(text: str) -> list[str]:

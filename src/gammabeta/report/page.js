@@ -129,7 +129,6 @@
     }
   }, { rootMargin: "800px" });
   figures.forEach((node) => near.observe(node));
-  window.addEventListener("beforeprint", () => figures.forEach(draw));
   const redraw = () => figures.filter((node) => node.dataset.drawn).forEach(draw);
 
   // --- theme -----------------------------------------------------------------------------
@@ -211,13 +210,22 @@
 
   // --- printing ----------------------------------------------------------------------------
   let closedAgain = [];
+  let theme = null;
   window.addEventListener("beforeprint", () => {
+    if (root.dataset.printing) return;
     root.dataset.printing = "yes";
+    theme = root.dataset.theme ?? null;
+    root.dataset.theme = "light"; // paper is
+    figures.forEach(draw);
     closedAgain = all(".card details, details.block:not(.table)").filter((node) => !node.open);
     closedAgain.forEach((node) => { node.open = true; });
   });
   window.addEventListener("afterprint", () => {
+    if (!root.dataset.printing) return;
     closedAgain.forEach((node) => { node.open = false; });
+    if (theme === null) delete root.dataset.theme;
+    else root.dataset.theme = theme;
+    redraw();
     delete root.dataset.print;
     setTimeout(() => { delete root.dataset.printing; }, 0);
   });
