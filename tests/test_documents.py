@@ -249,6 +249,7 @@ def speed() -> list[str]:
         f"Training steps on the CPU ({whole['device']}, {threads} threads, "
         f"torch {whole['versions']['torch']}),",
         "forward and backward, all Python included; a ratio above 1 is faster than PyTorch.",
+        "Means are geometric; worst is the lower end of the interval of the slowest case.",
         "[docs/speed.md](docs/speed.md) has every case, the bars that are not met too,",
         "[docs/memory.md](docs/memory.md) what a step keeps.",
         "",
