@@ -453,6 +453,10 @@ def test_explain_takes_accepted_rows_first_and_says_where_the_rule_comes_from(
     assert "published" in " ".join(found["missing"])
     text = " ".join(here("study", "explain", "bn-overfit", cwd=tmp_path).stdout.split())
     assert f"in commit {found['rule']['commit'][:10]}" in text
+    kept = tmp_path / "results" / "rules.json"
+    kept.write_text(kept.read_text().replace(found["rule"]["digest"], "0" * 16))
+    text = here("study", "explain", "bn-overfit", cwd=tmp_path).stdout
+    assert "amended after data" in text
     # what is not accepted is taken from the newest run
     (other,) = json.loads(here("study", "explain", "act-all", "--json", cwd=tmp_path).stdout)
     assert (other["rows"], other["rule"]) == (["runs/tiny"], None)

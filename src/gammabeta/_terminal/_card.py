@@ -85,9 +85,10 @@ def explain(card: Card) -> None:
 def _fixed(rule: Rule | None) -> str:
     if rule is None:
         return ""
+    if rule.amended:
+        return f"amended after data: changed after the first row ({rule.rows_since}) was made"
     when = f"in commit {rule.commit[:10]} of {rule.changed}" if rule.commit else "no history"
-    after = "AFTER" if rule.amended else "before"
-    return f"{when}, {after} the first row ({rule.rows_since})"
+    return f"{when}, before the first row ({rule.rows_since})"
 
 
 def _numbers(verdict: Verdict) -> Table:

@@ -65,10 +65,13 @@ def card(claim: Claim, paths: Sequence[Path] | None = None, newest: Path | None 
     make = f"gammabeta study run {claim.id} {how} {budget}{data} -o runs/{claim.id}"
     homes = [path if path.is_dir() else path.parent for path in rows]
     rules = [_provenance.recorded(home).get(claim.id) for home in homes]
+    rule = next(filter(None, rules), None)
+    if rule is not None and rule.digest != _provenance.digest(claim):
+        rule = rule._replace(amended=True)  # since the rows were accepted
     return Card(
         claim,
         inspect.cleandoc(experiments()[claim.experiment].protocol),
-        next(filter(None, rules), None),
+        rule,
         verdict,
         rows,
         make,
