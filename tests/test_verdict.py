@@ -14,6 +14,7 @@ from gammabeta.studies._verdict import (
     controlled,
     equivalence,
     half_width,
+    helps,
     holm,
     interval,
     levels,
@@ -375,3 +376,23 @@ def test_a_verdict_survives_json():
 def test_a_verdict_has_a_known_status(field):
     with pytest.raises(ValueError, match="status must be one of"):
         verdict(**{field: "proven"})
+
+
+@pytest.mark.parametrize("tails", ["normal", "heavy"])
+def test_a_positive_control_is_wrongly_supported_seldom(tails):
+    """No effect, by either way of being supported: 2.5 % each at most."""
+    random = np.random.default_rng(0)
+    draw = random.standard_normal if tails == "normal" else lambda n: random.standard_t(2, n)
+    wrong = sum(helps(draw(12), 1e-9).status == "supported" for _ in range(1000))
+    assert 5 <= wrong <= 1000 * MOST_WRONG
+
+
+def test_one_network_that_diverged_does_not_hide_that_the_others_were_helped():
+    gains = [0.9, 1.1, 1.0, 1.3, 0.8, 1.2, 85.0]
+    assert superiority(gains, 0.3).status == "inconclusive"
+    found = helps(gains, 0.3)
+    assert found.status == "supported"
+    assert found.p == pytest.approx(2 / 2**7)
+    assert helps([*gains[:4], -85.0, 85.0], 0.3).status == "inconclusive"
+    assert helps([0.01] * 5 + [0.02, 0.5], 0.3).status != "supported"  # too small to matter
+    assert helps(gains, 0.3, least=8).status == "inconclusive"

@@ -19,6 +19,7 @@ from gammabeta.studies._verdict import (
     Verdict,
     enough,
     half_width,
+    helps,
     interval,
     planned_n,
 )
@@ -47,6 +48,7 @@ class Question(NamedTuple):
         published: targets in the source's own setting; None: it has none but the fair one, {}:
             it was not tried.
         control: cells without which there is nothing to explain.
+        control_by_signs: where superiority is inconclusive there, the sign-flip test decides.
     """
 
     claim: str
@@ -56,6 +58,7 @@ class Question(NamedTuple):
     on_images: bool = False
     published: Mapping[str, Target] | None = None
     control: Mapping[str, Target] = {}
+    control_by_signs: bool = False
 
 
 def measured(name: str, target: Target) -> str:
@@ -103,6 +106,8 @@ def verdict(
     claim, x, own = question.claim, values(rows), list(notes)
     fair = _found(question.targets, x, question.least)
     control = _found(question.control, x, question.least)
+    if question.control_by_signs:
+        control = [_helped(f, question.least) for f in control]
     status = overall(fair, undecided)
     if control and {f.status for f in control} != {"supported"}:
         status = "inconclusive"
@@ -161,7 +166,7 @@ def verdict(
         if status != "demo"
         else [_cell(n, "shown", interval(v), "demo", "") for n, v in x.items() if len(v) > 1],
         notes=own,
-        p=_p([*fair, *control]),
+        p=_p(fair, control),
         place=", ".join(
             part
             for part in (
@@ -184,9 +189,20 @@ def _found(targets: Mapping[str, Target], x: Mapping[str, list[float]], least: i
     return found
 
 
-def _p(found: Sequence[Found]) -> float | None:
+def _helped(found: Found, least: int) -> Found:
+    """A cell of the positive control, with the sign-flip test (see `helps`)."""
+    if found.target.delta is None or found.status != "inconclusive":
+        return found
+    by_signs = helps(found.values, found.target.delta, enough(least))
+    return found._replace(status=by_signs.status, reason=by_signs.reason)
+
+
+def _p(found: Sequence[Found], control: Sequence[Found]) -> float | None:
     """All have to be supported: the largest p, None where one has none."""
     each = [p_value(f.target, f.values) for f in found]
+    for f in control:
+        by_signs = f.interval.p_signflip if f.interval and "sign-flip" in f.reason else None
+        each.append(p_value(f.target, f.values) if by_signs is None else by_signs)
     known = [p for p in each if p is not None]
     return max(known, default=None) if len(known) == len(each) else None
 

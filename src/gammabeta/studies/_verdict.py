@@ -204,6 +204,29 @@ def controlled(outcome: Outcome, control: Outcome) -> Outcome:
     return dataclasses.replace(outcome, status="inconclusive", reason=reason, n_needed=None)
 
 
+def helps(values: Iterable[float], delta: float, least: int = 2) -> Outcome:
+    """Does batch normalization help here at all? For a positive control: superiority, or its sign.
+
+    A network without batch normalization that diverges under one seed of many is a gain like no
+    other, and widens the t interval beyond 0. Where superiority is inconclusive, the exact
+    sign-flip test decides (from 6 values; two-sided p at most 0.05, mean at least delta).
+
+    >>> helps([1.0, 1.1, 0.9, 1.2, 1.0, 1.1, 80.0], 0.3).status
+    'supported'
+    >>> superiority([1.0, 1.1, 0.9, 1.2, 1.0, 1.1, 80.0], 0.3).status
+    'inconclusive'
+    """
+    x = _values(values, delta)
+    found = superiority(x, delta, least)
+    i = found.interval
+    if found.status != "inconclusive" or i is None or len(x) < least or i.p_signflip is None:
+        return found
+    if i.mean >= delta and i.p_signflip <= 0.05:
+        reason = f"above 0 by the exact sign-flip test, and at least {delta:g} on average"
+        return Outcome("supported", i, reason, p=i.p_signflip)
+    return found
+
+
 def equivalence(values: Iterable[float], delta: float, least: int = 2) -> Outcome:
     """Is the mean inside ±delta?
 

@@ -97,4 +97,4 @@ def question(claim: str) -> Question:
     if "control" in t:
         control = {CONTROL: Target("", 0, math.inf, t["control"], t["control"])}
     least = LEAST["deep"] if claim == "cross-layer-stats" else LEAST_SEEDS
-    return Question(claim, targets, WORDS[claim], least, True, published, control)
+    return Question(claim, targets, WORDS[claim], least, True, published, control, True)
