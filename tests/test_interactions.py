@@ -163,6 +163,15 @@ def test_where_bn_does_not_help_there_is_nothing_to_explain():
     assert all(any("Positive control" in n for n in v.notes) for v in found.values())
 
 
+def test_a_network_that_diverges_without_bn_does_not_hide_that_bn_helps():
+    rows, _ = simulate(interactions, made(), seeds=8)
+    for row in rows:
+        if (row["seed"], row["arm"], row["part"]) == (3, "none", "fair") and "accuracy" in row:
+            row["accuracy"] = 0.1
+    found = judged(interactions, rows)
+    assert {v.status for v in found.values()} == {"supported"}
+
+
 def test_another_delta_missing_runs_digits_and_tiny():
     rows, asked = simulate(interactions, made())
     with overruled({"stale-update": {"delta": 0.9}}):

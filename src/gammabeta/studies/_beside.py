@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from gammabeta.studies._answer import Setting, Words, answer, span
 from gammabeta.studies._pairs import NORMS, Runs
 from gammabeta.studies._tuned import LEAST_SEEDS, Trained, minus, shown
-from gammabeta.studies._verdict import Outcome, Verdict, superiority
+from gammabeta.studies._verdict import Outcome, Verdict, helps
 
 
 def answered(
@@ -50,11 +50,11 @@ def answered(
 
 
 def helped(runs: Runs, part: str, group: str, rates: Mapping[str, float], delta: float) -> Outcome:
-    """Positive control: test accuracy with minus without batch normalization, superiority."""
+    """Positive control: test accuracy with minus without batch normalization (see ``helps``)."""
     if not set(NORMS) <= set(rates):
-        return superiority([], delta, LEAST_SEEDS)
+        return helps([], delta, LEAST_SEEDS)
     both = [Trained(group, norm, rates[norm]) for norm in NORMS]
-    return superiority(minus(runs, part, *both).values(), delta, LEAST_SEEDS)
+    return helps(minus(runs, part, *both).values(), delta, LEAST_SEEDS)
 
 
 def control_note(control: Outcome) -> list[str]:

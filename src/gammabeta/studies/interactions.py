@@ -29,15 +29,16 @@ Fair
     it lowers it alone; ln |interaction| (joint change minus the sum of the layers' own) over what
     the gradient promises; both without minus with BN, at 3 %.
     Positive control: the claim is why BN helps, so it is judged only where it does: test accuracy
-    of the same runs, with minus without, superiority, 0.3 points.
+    of the same runs, with minus without, superiority, 0.3 points; where that is inconclusive, the
+    exact sign-flip test (p at most 0.05, mean at least 0.3 points).
 
     Simultaneous error: all parameters move against their gradient, so far that the gradient
     promises a decrease by 10 % of the loss, in every network. Error: |change - promise| / promise,
     at most 100, median over the looks; s, least-squares slope of its logarithm over that of L.
     Primary contrast: s without BN, superiority, delta = 0.2; level "depth". And s without minus s
     with BN, superiority, delta = 0.2; level "BN against it". One level supported and the other
-    refuted is mixed. Positive control: test accuracy at 16 layers, with minus without, superiority,
-    0.3 points. Shown: the same where 3 % and 30 % are promised.
+    refuted is mixed. Positive control: test accuracy at 16 layers, with minus without, in the same
+    way. Shown: the same where 3 % and 30 % are promised.
 
 As published
     Plain SGD as the texts have it, all parameters, the same learning rate 0.1 (none names one) in
