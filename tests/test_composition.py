@@ -52,6 +52,18 @@ def test_batches_alike_are_training_mode_and_the_network_stays_as_it_is():
     assert found["like"] == pytest.approx(right / 320)
 
 
+def test_with_one_digit_the_rate_is_chosen_in_training_mode_on_batches_alike(monkeypatch):
+    monkeypatch.setattr(composition, "accuracy", lambda *_: 0.125)
+    found = {}
+    for arm, group in composition.GROUP_OF.items():
+        cell = {"part": "tuning", "group": group, "arm": arm, "rate": 0.1}
+        *_, last = composition.measure(cell, 800, "tiny", DIGITS)
+        assert set(last) == {"step", "accuracy", "diverged"}
+        found[arm] = last["accuracy"]
+    assert found.pop(composition.ONE) != 0.125
+    assert set(found.values()) == {0.125}
+
+
 def simulated(gain=5.0, leak=(40.0, 40.0), running=None, sd=0.1):
     """Points: what Batch Renormalization gains; lost from training to eval mode, 2 digits and 1."""
     lost = dict(zip((composition.BN, composition.ONE), leak, strict=True))

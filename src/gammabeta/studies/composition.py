@@ -8,7 +8,7 @@ composition of the batch, excellent in training mode and poor in evaluation mode
 Network: pixels-100-100-10, ReLU, normalization before each activation, no bias where it follows,
 bias 0.1 at the end, weights from a truncated normal distribution with standard deviation
 sqrt(2 / fan-in). SGD without momentum, mean cross-entropy, 5,000 training images drawn for each
-seed from the first 55,000, decay 0.99 of the running statistics (momentum 0.01) for all, 600 steps
+seed from the first 55,000, decay 0.99 of the running statistics (momentum 0.01) for all, 800 steps
 of batches of 32:
 
     two digits   16 images of each of two digits, drawn anew for every batch: BN; Batch
@@ -19,8 +19,9 @@ of batches of 32:
 
 Each of these five arms trains at its own best learning rate: highest accuracy by running statistics
 on the last 5,000 training images (mean of seeds 800 and 801) from 0.03, 0.1, 0.3; a best value at
-an edge extends the grid for all. All arms of a seed start alike; those of two digits see the same
-batches.
+an edge extends the grid, for all arms of two digits alike. With one digit the rate is chosen by
+accuracy in training mode on batches alike: in eval mode it is near chance at all rates. All arms of
+a seed start alike; those of two digits see the same batches.
 
 brn-noniid
     Primary contrast: test accuracy by running statistics, mean at 96, 98 and 100 % of the steps,
@@ -42,12 +43,13 @@ why BN helps.
 What the authors would call fair: Batch Renormalization with the limits of its paper as shares of
 the training, each arm at its own rate, and a leak measured at fixed weights. What would embarrass
 us: a gain of Batch Renormalization that precise statistics would have given BN as well; a rate
-chosen for accuracy in eval mode, which works against a leak: it is what a user would choose, and
-the leak at that rate is what a user would get.
+chosen for accuracy in eval mode, which works against a leak with two digits: it is what a user
+would choose, and the leak at that rate is what a user would get. Tried on one seed that is used for
+nothing else: more steps make the leak with one digit larger.
 
 The source's batches are 16 labels with 2 images each, on ImageNet, which cannot be run here; two
 digits with 16 images each keep what matters, that a batch tells its labels. Changed against the
-registry: no BN on halves of the batch (halves of such a batch have the same two digits), 600 steps;
+registry: no BN on halves of the batch (halves of such a batch have the same two digits), 800 steps;
 `full` 4,000; `tiny` a few, it decides nothing. On the bundled digits each seed splits the 1,797
 images anew: a demonstration.
 
@@ -100,8 +102,9 @@ ARMS = {
     "BN, one digit": (1, "bn"),
     "BN, all digits": (0, "bn"),
 }
-GROUPS = {"batches": tuple(ARMS)}
 BN, BRN, GN, ONE, ALL = ARMS
+GROUPS = {"two digits": (BN, BRN, GN), "one digit": (ONE,), "all digits": (ALL,)}
+GROUP_OF = {arm: group for group, arms in GROUPS.items() for arm in arms}
 
 
 class Plan(NamedTuple):
@@ -117,7 +120,7 @@ class Plan(NamedTuple):
 RATES = (0.03, 0.1, 0.3)
 PLANS = {
     "tiny": Plan(10, 1, (0.1,), 500, False),
-    "small": Plan(600, LEAST_SEEDS, RATES, 5000, True),
+    "small": Plan(800, LEAST_SEEDS, RATES, 5000, True),
     "full": Plan(4000, LEAST_SEEDS, RATES, 10000, True),
 }
 
@@ -136,11 +139,11 @@ def cells(budget: str, data: str, seeds: int | None, rows: list[Row]) -> list[Ce
     wanted = wishes(
         GROUPS,
         tunings,
-        _main(best) if best else None,
+        _main(best) if len(best) == len(GROUPS) else None,
         least=plan.seeds,
         seeds=seeds,
         pilot=plan.decides,
-        planned=max(known) if best and len(known) == len(counts) else None,
+        planned=max(known) if len(known) == len(counts) else None,
     )
     return [_cell(plan, *wish) for wish in wanted if not _spare(*wish)]
 
@@ -151,7 +154,7 @@ def expected(budget: str, data: str, seeds: int | None) -> list[Cell]:
     wanted = wishes(
         GROUPS,
         search({}, GROUPS, plan.rates, grow=False),
-        _main({"batches": dict.fromkeys(ARMS, plan.rates[0])}),
+        _main({group: dict.fromkeys(arms, plan.rates[0]) for group, arms in GROUPS.items()}),
         least=plan.seeds,
         seeds=seeds,
         pilot=plan.decides,
@@ -167,7 +170,7 @@ def _spare(wave: int, seed: int, part: str, what: Trained) -> bool:
 
 
 def _main(best: Best) -> list[Trained]:
-    return [Trained("batches", arm, best["batches"][arm]) for arm in ARMS]
+    return [Trained(group, arm, best[group][arm]) for arm, group in GROUP_OF.items()]
 
 
 def _cell(plan: Plan, wave: int, seed: int, part: str, what: Trained) -> Cell:
@@ -184,8 +187,8 @@ def _cell(plan: Plan, wave: int, seed: int, part: str, what: Trained) -> Cell:
 def composed(labels: Tensor, kinds: int, generator: torch.Generator) -> Iterator[Tensor]:
     """Indices of one batch after another, for ever: so many digits, an equal number of each.
 
-    The digits of a batch are drawn without replacement, the images of a digit too. With ``kinds``
-    0 the images are drawn from all.
+    The digits of a batch are drawn without replacement, the images of a digit too (if there are
+    enough). With ``kinds`` 0 the images are drawn from all.
     """
     classes = [(labels == digit).nonzero().flatten() for digit in range(int(labels.max()) + 1)]
     while True:
@@ -196,7 +199,10 @@ def composed(labels: Tensor, kinds: int, generator: torch.Generator) -> Iterator
         parts = []
         for digit in digits:
             of = classes[digit]
-            at = torch.randperm(len(of), generator=generator)[: BATCH // kinds]
+            count = BATCH // kinds
+            at = torch.randperm(len(of), generator=generator)[:count]
+            if len(of) < count:
+                at = torch.randint(len(of), (count,), generator=generator)
             parts.append(of[at])
         yield torch.cat(parts)
 
@@ -232,6 +238,9 @@ def measure(arm: Mapping[str, Scalar], seed: int, budget: str, data: Images) -> 
         if step not in stops:
             continue
         row: Row = {"step": step, "accuracy": accuracy(net, held, labels)}
+        if tuning and kinds == 1:
+            draw_held = composed(labels, kinds, stream(seed, "test batches"))
+            row["accuracy"] = _composed_share(net, held, labels, draw_held)
         row["diverged"] = not math.isfinite(loss.item())
         if not tuning and norm != "gn" and math.isfinite(loss.item()):
             row |= _by_others(net, x, held, labels, kinds, stream(seed, "test batches"))
@@ -246,20 +255,25 @@ def _by_others(
     calibrate(population, torch.split(x, 1000))
     found: dict[str, Scalar] = {"precise": accuracy(population, held, labels)}
     for name, digits in (("like", kinds), ("mixed", 0)):
-        draw = composed(labels, digits, generator)
-        at = torch.cat([next(draw) for _ in range(len(held) // BATCH)])
-        with torch.no_grad():
-            logits = net.with_batch_statistics(held[at], BATCH)
-        found[name] = float((logits.argmax(1) == labels[at]).double().mean())
+        found[name] = _composed_share(net, held, labels, composed(labels, digits, generator))
     return found
+
+
+def _composed_share(net: MLP, held: Tensor, labels: Tensor, draw: Iterator[Tensor]) -> float:
+    """Accuracy by the statistics of batches that are drawn so, as many images as there are."""
+    at = torch.cat([next(draw) for _ in range(len(held) // BATCH)])
+    with torch.no_grad():
+        logits = net.with_batch_statistics(held[at], BATCH)
+    return float((logits.argmax(1) == labels[at]).double().mean())
 
 
 # -- what it means ------------------------------------------------------------------------------
 
 
 def _shares(rows: Sequence[Row], part: str, best: Best, arm: str, column: str) -> dict[int, float]:
-    rate = best.get("batches", {}).get(arm, math.nan)
-    return ends(rows, column, {"part": part, "group": "batches", "arm": arm, "rate": rate})
+    group = GROUP_OF[arm]
+    rate = best.get(group, {}).get(arm, math.nan)
+    return ends(rows, column, {"part": part, "group": group, "arm": arm, "rate": rate})
 
 
 def _asked(
@@ -365,10 +379,10 @@ def figures(rows: list[Row]) -> list[dict[str, Any]]:
         return []
     plan, runs = PLANS[str(rows[0]["budget"])], collect(rows, KEYS)
     where = PLACES.get(str(rows[0]["data"]), str(rows[0]["data"]))
-    best = chosen(search(runs, GROUPS, plan.rates, grow=plan.decides)).get("batches", {})
+    best = chosen(search(runs, GROUPS, plan.rates, grow=plan.decides))
     series = []
-    for arm, rate in best.items():
-        ended = runs.get(("fair", "batches", arm, rate), {})
+    for arm, group in GROUP_OF.items():
+        ended = runs.get(("fair", group, arm, best.get(group, {}).get(arm)), {})
         if ended:
             series.append({**curve(ended, "none" if arm in (GN, ALL) else "bn"), "name": arm})
     drawn = curves(
