@@ -341,8 +341,11 @@ def test_in_brief_nothing_is_corrected_and_the_expected_false_are_counted():
     assert verdicts == both
     assert (counted.expected_false, counted.supported) == (0.1, 2)
     assert "nothing is corrected" in counted.how
-    small, _ = _judge.corrected([dataclasses.replace(v, budget="small") for v in both])
-    assert {v.status for v in small} == {"inconclusive"}  # 12 times 0.01
+    alone, _ = _judge.corrected([dataclasses.replace(v, budget="width-half") for v in both])
+    assert {v.status for v in alone} == {"supported"}
+    for whole in ("small", "fresh-seeds"):
+        found, _ = _judge.corrected([dataclasses.replace(v, budget=whole) for v in both])
+        assert {v.status for v in found} == {"inconclusive"}  # 12 times 0.01
 
 
 # -- in how many variations a verdict holds ----------------------------------------------------

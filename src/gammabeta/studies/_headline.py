@@ -19,8 +19,8 @@ Variations take the full plan and the rules of `small`, not the short plan of th
 is asked is whether an accepted verdict comes again, so nothing else may differ. Rates are not
 searched again since that is most of the work; that they may fit other widths and images less well
 is part of what a variation tries. In brief the rules take five seeds where they ask for eight,
-since nothing is decided there. None of the kinds is corrected for the number of claims: a
-repetition tries the one claim that was selected before it.
+since nothing is decided there. Fresh seeds repeat the whole, with Holm's correction over the
+twelve; the other kinds are not corrected: they try each claim alone, with fewer seeds.
 """
 
 import collections

@@ -1,8 +1,9 @@
 """In how many variations the verdict of a headline claim holds, and how certain each verdict is.
 
 The rows of variations lie in `robustness/` beside the accepted ones. A verdict holds in a variation
-if the fair verdict there has the same status; "inconclusive" there counts as not holding. Nothing
-is corrected for the number of claims in a variation: it repeats one that was selected before.
+if the fair verdict there has the same status; "inconclusive" there counts as not holding. Fresh
+seeds repeat the whole procedure, Holm's correction over the twelve claims included; the three other
+variations, which have fewer seeds, try each claim alone.
 
 A  exact: an identity, or a counterexample to one
 B  the same verdict in at least three of the four variations

@@ -15,6 +15,7 @@ from gammabeta import _runs
 from gammabeta._runs import Row, StoredCell
 from gammabeta.studies import _data
 from gammabeta.studies._experiments import (
+    AGAIN,
     BRIEF,
     BUDGETS,
     VARIATIONS,
@@ -211,7 +212,8 @@ def corrected(verdicts: "Sequence[Verdict]") -> "tuple[list[Verdict], Multiplici
 
     The family is always all headline claims of the registry; those that were not judged, or gave
     no p, count with p = 1. One that is supported alone but not after the correction becomes
-    inconclusive. All other claims stand unadjusted, and so do all in brief and in variations.
+    inconclusive. All other claims stand unadjusted, and so do all in brief and in variations
+    but for that with fresh seeds, which repeats the whole.
     """
     from gammabeta.studies._claims import claims
     from gammabeta.studies._verdict import holm
@@ -227,7 +229,7 @@ def corrected(verdicts: "Sequence[Verdict]") -> "tuple[list[Verdict], Multiplici
         claim: (own.get(claim), None if own.get(claim) is None else adjusted[claim])
         for claim in family
     }
-    if tested[0].budget not in BUDGETS:
+    if tested[0].budget not in (*BUDGETS, AGAIN):
         count = sum(verdict.status == "supported" for verdict in verdicts)
         bound = round(_LEVEL * len(tested), 3)
         return list(verdicts), Multiplicity(pairs, bound, count, _HOW_IN_BRIEF)

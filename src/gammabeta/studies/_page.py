@@ -36,8 +36,8 @@ rows have; with half and with twice the units (and channels) in each hidden laye
 pixel). All else is as at `small`: the same steps, the same rules, as many seeds as each rule asks
 for at least (5 or 8), and the learning rates, and the dropout, that the accepted rows chose:
 nothing is searched again. A verdict holds where the fair verdict has the same status; undecided
-counts as not holding. Holm's correction is for the accepted rows; in a variation each claim is
-tried alone.
+counts as not holding. Fresh seeds repeat the whole procedure, Holm's correction over the twelve
+claims included; the three other variations, which have fewer seeds, try each claim alone.
 """
 
 
