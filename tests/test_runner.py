@@ -680,6 +680,11 @@ def test_surprises_are_the_three_strongest_one_for_each_claim():
     ]
 
 
+def test_of_equal_surprises_those_of_headline_claims_come_first():
+    pair = [verdict_of(c, "refuted", "refuted", (-0.9, -0.1)) for c in ("brn-small", "act-all")]
+    assert [text.split(":")[0] for text in _judge.surprises(pair)] == ["act-all", "brn-small"]
+
+
 def test_a_negative_effect_surprises_only_where_the_claim_says_a_sign():
     def told(claim, status):
         return _judge.surprises([verdict_of(claim, status, status, (-0.9, -0.1))])

@@ -306,11 +306,14 @@ def surprises(verdicts: "Sequence[Verdict]") -> list[str]:
 
     An effect whose interval lies on the other side of zero; a verdict that turns when the
     comparison is made fair; a claim that is refuted; an effect on the other side of zero whose
-    interval includes it. The sign counts only where a claim says which it should be and does not
-    hold. One sentence for each claim.
+    interval includes it; of equals the headline claims. The sign counts only where a claim says
+    which it should be and does not hold. One sentence for each claim.
     """
+    from gammabeta.studies._claims import claims
+
+    headline = {claim.id for claim in claims().values() if claim.headline}
     found: list[tuple[int, str]] = []
-    for verdict in verdicts:
+    for verdict in sorted(verdicts, key=lambda verdict: verdict.claim not in headline):
         sentence = verdict.sentence
         signed = verdict.status not in ("supported", "exact") and _directed(verdict.claim)
         if signed and verdict.ci is not None and verdict.ci[1] < 0:
