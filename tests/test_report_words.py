@@ -128,10 +128,43 @@ def test_an_experiment_names_its_code_and_a_line_to_cite(tmp_path):
     assert "studies/of_a_stranger" not in text_of([run], tmp_path / "report.html")
 
 
+def test_what_the_fair_test_overturned_or_reversed_surprises_and_no_other_sign(tmp_path):
+    names = ("headline", "turned", "back", "reversed", "batch", "same", "demo")
+    claims = [claim(name, headline=name == "headline") for name in names]
+    write_registry(tmp_path, claims)
+
+    def part(name, status, reason):
+        return {"name": name, "part": "fair", "status": status, "reason": reason, "effect": -1.0}
+
+    negative = {"effect": -70.0, "ci": [-73.0, -68.0]}
+    other = part("a", "refuted", "reversed")
+    entries = [
+        verdict("batch", status="supported", cells=[part("change", "supported", "")], **negative),
+        verdict("same", status="refuted", published_status="refuted", **negative),  # no direction
+        verdict("demo", status="demo", published_status="demo", cells=[other]),
+        verdict("reversed", published_status="inconclusive", cells=[other]),
+        verdict("back", status="supported", published_status="refuted"),
+        verdict("turned", published_status="supported"),
+        verdict("headline", published_status="refuted", cells=[other]),
+    ]
+    write_derived(tmp_path, entries, [])
+    page = _content.gather([tmp_path])  # by the registry's order, headline claims first
+    found = [(entry["claim"], text) for entry, text in page.surprises]
+    assert found == [
+        ("turned", "Supported as they did it, refuted done fairly."),
+        ("back", "Refuted as they did it, supported done fairly."),
+        ("headline", "Refuted: the effect points the other way."),
+    ]
+    page.verdicts = [
+        entry for entry in page.verdicts if entry["claim"] in ("batch", "same", "demo")
+    ]
+    assert page.surprises == []
+
+
 def test_surprises_lead_to_their_claims_and_stay_short(tmp_path):
     run = tmp_path / "run"
     write_registry(run, registry())
-    entry = verdict("act-all")
+    entry = verdict("act-all", published_status="refuted")
     told = [f"act-all: refuted. {entry['sentence']}", "unknown: as it stands."]
     write_derived(run, [entry], [], surprises=told)
     html = without_scripts(text_of([run], tmp_path / "report.html"))
@@ -140,6 +173,7 @@ def test_surprises_lead_to_their_claims_and_stay_short(tmp_path):
     assert "Refuted." in box
     assert entry["sentence"] not in box
     assert "<li>unknown: as it stands.</li>" in box
+    assert len(re.findall("<li>", box)) == 2
 
 
 # --- two runs beside each other ---------------------------------------------------------------
@@ -201,13 +235,14 @@ def test_folders_of_one_name_are_told_apart(tmp_path):
 
 def test_markdown_has_the_tables_the_answers_and_the_commands(tmp_path):
     run = write_run(tmp_path / "run", seeds=1)
-    write_derived(run, [verdict("act-all")], [], surprises=["act-all: refuted. Not so.", "x: y."])
+    entry = verdict("act-all", published_status="refuted")
+    write_derived(run, [entry], [], surprises=["act-all: refuted. Not so.", "x: y."])
     out = page.write([run], tmp_path / "report.md", markdown=True)
     told = out.read_text(encoding="utf-8")
     assert told.startswith("# Batch normalization, claim by claim\n")
     row = next(line for line in told.splitlines() if line.startswith("| Does batch"))
     columns = [column.strip() for column in row.strip("|").split("|")]
-    assert columns[1:7] == ["supported", "refuted", "−0.2 points", "−0.55 to +0.15", "0.5", "5"]
+    assert columns[1:7] == ["refuted", "refuted", "−0.2 points", "−0.55 to +0.15", "0.5", "5"]
     assert columns[7:] == ["C (this setting only)", "MNIST, MLP 100-100 · budget small"]
     for text in (
         "Not for tanh",

@@ -34,6 +34,7 @@ Verdict = dict[str, Any]
 Parts = dict[str, list[dict[str, Any]]]
 _MANY_PARTS = 24  # of one verdict: more are folded away
 _DECIDING = ("fair", "level", "control", "as rightly stated", "as worded")
+_MOST_SURPRISES = 3
 FIRST_SCREEN = 12  # rows: what a reader takes in at one glance
 PLACES = {"mnist": "MNIST", "digits": "the bundled digits"}
 
@@ -72,7 +73,7 @@ class Content:
     runs: list[dict[str, Any]] = field(default_factory=list)
     claims: list[Claim] = field(default_factory=list)
     verdicts: list[Verdict] = field(default_factory=list)
-    surprises: list[str] = field(default_factory=list)
+    told: list[str] = field(default_factory=list)  # what the runs themselves call surprising
     expected: list[str] = field(default_factory=list)
     comparison: Comparison | None = None
     notices: list[str] = field(default_factory=list)
@@ -90,6 +91,29 @@ class Content:
         headline = [verdict for verdict in ordered if verdict["text"]["headline"]]
         few = len(ordered) <= FIRST_SCREEN
         return (ordered if few or not headline else headline)[:FIRST_SCREEN]
+
+    @property
+    def surprises(self) -> list[tuple[Verdict | None, str]]:
+        """Up to three claims that the fair test overturned or reversed, headline claims first.
+
+        Where they are fewer, what the run folders themselves tell.
+        """
+        found = sorted(
+            ((rank, not v["text"]["headline"], v, text)
+             for v in self.verdicts for rank, text in _turned(v)),
+            key=lambda item: item[:2],
+        )  # fmt: skip
+        lines: list[tuple[Verdict | None, str]] = [(verdict, text) for *_, verdict, text in found]
+        seen = {verdict["claim"] for verdict, _ in lines if verdict}
+        for text in self.told:
+            name, _, rest = text.partition(": ")
+            verdict = next((v for v in self.verdicts if v["claim"] == name), None)
+            if verdict is None:
+                lines.append((None, text))
+            elif name not in seen:
+                short = rest.removesuffix(verdict["sentence"]).strip()
+                lines.append((verdict, short[:1].upper() + short[1:]))
+        return lines[:_MOST_SURPRISES]
 
     @property
     def waiting(self) -> list[Claim]:
@@ -150,7 +174,7 @@ def _gather_runs(page: Content, paths: Sequence[Path], compare: bool) -> None:
             page.expected += _expected(derived, path, name if len(paths) > 1 else "")
             same = ("claim", "data", "budget", "status", "effect", "n")
             _merge(page.verdicts, new, same)
-            page.surprises += [text for text in derived["surprises"] if text not in page.surprises]
+            page.told += [text for text in derived["surprises"] if text not in page.told]
             if derived["notice"] and derived["notice"] not in page.notices:
                 page.notices.append(derived["notice"])
             protocols = {**_protocols(derived, path), **protocols}
@@ -268,6 +292,22 @@ def _complete(page: Content, verdicts: Sequence[Verdict]) -> None:
         claim["sources"] = _sources(claim["source"])
         claim["ratio"] = next((v["ratio"] for v in claim["judged"] if v["ratio"] is not None), None)
     page.scale = Scale([ratio for verdict in page.first for ratio in _ratios(verdict)])
+
+
+def _turned(verdict: Verdict) -> list[tuple[int, str]]:
+    """Whether the fair test overturned a claim, or found the opposite; the former goes first."""
+    published, status = str(verdict["published_status"]), verdict["status"]
+    if {published, status} == {"supported", "refuted"}:
+        return [(0, f"{published.capitalize()} as they did it, {status} done fairly.")]
+    reversed_ = any(
+        cell["status"] == "refuted" and cell["reason"] == "reversed"
+        for part, cells in verdict["parts"].items()
+        for cell in cells
+        if part.startswith(_DECIDING)
+    )
+    if status == "refuted" and reversed_:
+        return [(1, "Refuted: the effect points the other way.")]
+    return []
 
 
 def _at(verdict: Verdict) -> str:

@@ -22,7 +22,9 @@ def text(page: Content) -> str:
             waiting = ", ".join(f"`{claim['id']}`" for claim in page.waiting)
             lines.append(f"Not decided here, of the headline claims: {waiting}.")
     if page.surprises:
-        lines += ["## What surprised", "\n".join(f"- {_surprise(page, s)}" for s in page.surprises)]
+        lines.append("## What surprised")
+        told = [(v["text"]["question"] if v else "", words) for v, words in page.surprises]
+        lines.append("\n".join(f"- {_plain(f'{asked} {words}')}" for asked, words in told))
     if page.verdicts:
         lines += ["## All that was judged", *map(_plain, page.expected), _table(page.verdicts)]
     for section in page.sections:
@@ -34,16 +36,6 @@ def text(page: Content) -> str:
     if page.facts:
         lines += ["## Made from", "\n".join(f"- {a}: {_plain(told)}" for a, told in page.facts)]
     return "\n\n".join(line for line in lines if line) + "\n"
-
-
-def _surprise(page: Content, told: str) -> str:
-    """With the question in place of the claim's id; the answer stands further down."""
-    name, _, rest = told.partition(": ")
-    for verdict in page.verdicts:
-        if verdict["claim"] == name:
-            short = rest.removesuffix(verdict["sentence"]).strip()
-            return f"{_plain(verdict['text']['question'])} {_plain(short[:1].upper() + short[1:])}"
-    return _plain(told)
 
 
 def _table(verdicts: list[dict[str, Any]]) -> str:
