@@ -105,7 +105,12 @@ def test_every_training_in_brief_is_one_of_the_accepted_ones(name):
 @pytest.mark.parametrize("name", list(ARMS))
 def test_the_main_runs_of_the_headline_claims_are_wanted_and_nothing_else(name, kind, all_chosen):
     by = seeds_of(wanted(name, kind))
-    assert len(by) == ARMS[name]
+    if kind in (BRIEF, "fresh-seeds"):
+        assert len(by) == ARMS[name]
+    else:
+        assert "published" not in {dict(arm).get("part") for arm in by}
+        assert len(by) == {"activations": 10, "batch-size": 6, "jacobians": 2,
+                           "smoothness": 2}.get(name, ARMS[name])  # fmt: skip
     changes = _variations.CHANGES[kind]
     for arm, seeds in by.items():
         fields = dict(arm)
@@ -282,6 +287,8 @@ def test_a_variation_is_judged_by_the_full_rule_and_says_what_it_is():
     assert verdict.sentence.startswith("Half the width: Yes")
     assert "A variation of the accepted runs: half the width." in verdict.notes
     assert _headline.NOTICE not in verdict.notes
+    assert verdict.published_status is None
+    assert not any("ublished" in note for note in verdict.notes)
     assert verdict.n < judged("activations", "fresh-seeds", with_bn)["act-all"].n
 
 

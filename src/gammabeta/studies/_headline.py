@@ -5,8 +5,8 @@ Kinds of cells that take a budget's place:
 brief          a quick look at all twelve in five minutes, `make study`: 5 seeds
 fresh-seeds    the accepted runs again: as many seeds as those had
 width-half, width-double, images-small
-               the same with other networks, other images: as many seeds as the rules ask for at
-               least, 5 or 8
+               the fair part with other networks, other images: as many seeds as the rules ask for
+               at least, 5 or 8
 
 All of them train by the plan of `small` (in brief a few trainings are shorter, `_variations`), only
 the arms that the headline claims need, with the seeds 100, 101, ..., which accepted rows never had.
@@ -38,7 +38,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from gammabeta import _runs
 from gammabeta._runs import Row, Scalar
 from gammabeta.studies._claims import claims
-from gammabeta.studies._experiments import BRIEF, Cell, Experiment
+from gammabeta.studies._experiments import AGAIN, BRIEF, Cell, Experiment
 
 if TYPE_CHECKING:
     from gammabeta.studies._verdict import Verdict
@@ -51,6 +51,7 @@ _MORE = {
     ("learning-rate", "fair"): 8,
     ("regularization", "dropout"): 8,
 }
+_WHOLE = (BRIEF, AGAIN)  # as published too; other variations ask for the fair verdict alone
 TITLES = {
     "fresh-seeds": "fresh seeds",
     "width-half": "half the width",
@@ -130,6 +131,7 @@ def cells(
         for cell in all_cells
         if FIRST_SEED <= cell.seed < FIRST_SEED + (seeds or _count(experiment.id, kind, cell.arm))
         and needed(experiment.id, cell.arm)
+        and (kind in _WHOLE or cell.arm.get("part") != "published")
     ]
 
 
@@ -142,7 +144,7 @@ def _count(experiment: str, kind: str, arm: Mapping[str, Scalar]) -> int:
     of = unit(experiment, arm)
     if kind == BRIEF:
         return SEEDS
-    if kind == "fresh-seeds":
+    if kind == AGAIN:
         return chosen()[experiment].seeds.get(of, SEEDS)
     return _MORE.get((experiment, of), SEEDS)
 
@@ -230,11 +232,12 @@ def judge(experiment: Experiment, module: ModuleType, rows: Sequence[Row]) -> "l
         dataclasses.replace(
             verdict,
             budget=kind,
+            published_status=verdict.published_status if kind in _WHOLE else None,
             sentence=f"{title[0].upper()}{title[1:]}: {verdict.sentence}"
             if title
             else verdict.sentence,
             place=f"{verdict.place}, {title}" if title and verdict.place else verdict.place,
-            notes=[*verdict.notes, *notes],
+            notes=[*(n for n in verdict.notes if kind in _WHOLE or "ublished" not in n), *notes],
         )
         for verdict in found
         if verdict.claim in decided().get(experiment.id, []) and data == verdict.data

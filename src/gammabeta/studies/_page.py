@@ -35,9 +35,10 @@ rows have; with half and with twice the units (and channels) in each hidden laye
 14 x 14, each image turned by up to 15 degrees, with noise (Gaussian, a tenth of the brightest
 pixel). All else is as at `small`: the same steps, the same rules, as many seeds as each rule asks
 for at least (5 or 8), and the learning rates, and the dropout, that the accepted rows chose:
-nothing is searched again. A verdict holds where the fair verdict has the same status; undecided
-counts as not holding. Fresh seeds repeat the whole procedure, Holm's correction over the twelve
-claims included; the three other variations, which have fewer seeds, try each claim alone.
+nothing is searched again. The three that are no mere repetition run the fair part alone. A
+verdict holds where the fair verdict has the same status; undecided counts as not holding. Fresh
+seeds repeat the whole procedure, Holm's correction over the twelve claims included; the three
+other variations, which have fewer seeds, try each claim alone.
 """
 
 
