@@ -11,13 +11,14 @@ import sys
 import tracemalloc
 import zlib
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 
 from gammabeta import _runs
 from gammabeta._runs import RunError, StoredCell
-from gammabeta.studies import _claims, _judge, _kept, _provenance, _run
+from gammabeta.studies import _claims, _judge, _kept, _page, _provenance, _run
 from gammabeta.studies._run import Experiment
 from gammabeta.studies._verdict import Verdict, superiority
 
@@ -526,3 +527,22 @@ def test_committed_rows_are_small_and_read_well():
     for file in committed():
         assert file.stat().st_size <= _runs.MAX_PACKED
         assert _runs.read_packed(file)
+
+
+@pytest.mark.parametrize(
+    ("statuses", "told"),
+    [
+        (("supported", "refuted"), "ics-reduced"),
+        (("refuted", "supported"), "not-reduce-shift"),
+        (("supported", "supported"), "both"),
+        (("refuted", "mixed"), "neither"),
+        (("refuted", "inconclusive"), "undecided"),
+    ],
+)
+def test_of_claims_that_contradict_each_other_the_page_tells_what_the_runs_support(statuses, told):
+    known = _claims.claims()
+    assert all(side in known for _, *sides in _page.DISPUTES for side in sides)
+    sides = zip(("ics-reduced", "not-reduce-shift"), statuses, strict=True)
+    page = _page._disputes([SimpleNamespace(claim=c, status=s) for c, s in sides])
+    assert page.splitlines()[-1].endswith(f"| {told} |")
+    assert _page._disputes([]) == ""

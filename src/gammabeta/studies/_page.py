@@ -40,6 +40,18 @@ verdict holds where the fair verdict has the same status; undecided counts as no
 seeds repeat the whole procedure, Holm's correction over the twelve claims included; the three
 other variations, which have fewer seeds, try each claim alone.
 """
+# Where two texts contradict each other, or one text itself: what is disputed, one side, the other.
+DISPUTES = (
+    ("Beside batch normalization, is dropout still needed?", "no-dropout", "bn-plus-dropout"),
+    ("Does it work by less covariate shift?", "ics-reduced", "not-reduce-shift"),
+    ("Does it need a steady distribution to work?", "keep-consistent", "noisy-bn"),
+    ("Is it noise, or a smoother loss?", "reg-by-noise", "smoother"),
+    ("Is it the learning rate, or more?", "bjorck-lr", "bn-speed"),
+    ("Do gradients vanish, or explode?", "vanishing-depth", "mf-explosion"),
+    ("Isometry by normalization, or by weights?", "jacobian-one", "mf-orthogonal"),
+    ("Are weights limited, or bound to grow?", "weight-growth", "weight-pythagoras"),
+    ("Are statistics of fewer images worse, or better?", "batch-small", "ghost-bn"),
+)
 
 
 def write(
@@ -54,6 +66,8 @@ def write(
             parts.append(_multiplicity(found.multiplicity))
         if found.varied:
             parts.append(_variations(found))
+        if disputed := _disputes(found.verdicts):
+            parts.append(disputed)
         if found.surprises:
             parts.append("### What surprised\n")
             parts.append("\n".join(f"- {_plain(text)}" for text in found.surprises) + "\n")
@@ -110,6 +124,25 @@ def _variations(found: Judged) -> str:
         lines.append(f"| {' | '.join((claim, verdict.status, *each, held, verdict.certainty))} |")
     told = "; ".join(f"{TITLES[name]} {count} of {len(own)}" for name, count in agree.items())
     return "\n".join(lines) + f"\n\nThe same verdict as the accepted rows: {told}.\n"
+
+
+def _disputes(verdicts: Iterable[Verdict]) -> str:
+    """Pairs of claims that cannot both be the whole truth, and which one the runs support."""
+    known, own = claims(), {v.claim: v for v in verdicts}
+    rows = []
+    for question, *sides in DISPUTES:
+        if not all(side in own for side in sides):
+            continue
+        holds = [side for side in sides if own[side].status in ("supported", "exact")]
+        said = [f"{_plain(known[side].title)} **{own[side].status}** ({side})" for side in sides]
+        open_ = any(own[side].status == "inconclusive" for side in sides)
+        none = "undecided" if open_ else "neither"
+        answer = {0: none, 1: "".join(holds), 2: "both"}[len(holds)]
+        rows.append(f"| {question} | {said[0]} | {said[1]} | {answer} |")
+    if not rows:
+        return ""
+    head = "| disputed | one says | another says | the runs support |\n|---|---|---|---|"
+    return "\n".join(["### Where the texts contradict each other\n", head, *rows]) + "\n"
 
 
 def _rule(claim: str, rule: Rule | None) -> str:
