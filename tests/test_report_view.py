@@ -188,6 +188,11 @@ def test_the_address_restores_the_whole_view(chromium, made, tab):
     tab.wait_for_timeout(400)  # the last of it is written
     context = chromium.new_context(viewport={"width": 1280, "height": 900})
     other = context.new_page()
+    other.goto(made.as_uri() + "#fig-activations-grid")
+    other.wait_for_timeout(500)  # figures around it are drawn
+    place = "document.getElementById('fig-activations-grid').getBoundingClientRect().top"
+    assert 0 <= other.evaluate(place) < 60
+    other.goto("about:blank")
     other.goto(tab.url)
     assert state(other) == left
     other.goto(made.as_uri() + "#claims&status=supported")  # an address typed into the same page

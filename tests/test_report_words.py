@@ -145,7 +145,7 @@ def test_what_the_fair_test_overturned_or_reversed_surprises_and_no_other_sign(t
         verdict("reversed", published_status="inconclusive", cells=[other]),
         verdict("back", status="supported", published_status="refuted"),
         verdict("turned", published_status="supported"),
-        verdict("headline", published_status="refuted", cells=[other]),
+        verdict("headline", published_status="refuted", cells=[part("b", "supported", ""), other]),
     ]
     write_derived(tmp_path, entries, [])
     page = _content.gather([tmp_path])  # by the registry's order, headline claims first
@@ -153,7 +153,7 @@ def test_what_the_fair_test_overturned_or_reversed_surprises_and_no_other_sign(t
     assert found == [
         ("turned", "Supported as they did it, refuted done fairly."),
         ("back", "Refuted as they did it, supported done fairly."),
-        ("headline", "Refuted: the effect points the other way."),
+        ("headline", "Refuted: the effect points the other way (a)."),
     ]
     page.verdicts = [
         entry for entry in page.verdicts if entry["claim"] in ("batch", "same", "demo")

@@ -299,15 +299,18 @@ def _turned(verdict: Verdict) -> list[tuple[int, str]]:
     published, status = str(verdict["published_status"]), verdict["status"]
     if {published, status} == {"supported", "refuted"}:
         return [(0, f"{published.capitalize()} as they did it, {status} done fairly.")]
-    reversed_ = any(
-        cell["status"] == "refuted" and cell["reason"] == "reversed"
+    own = [
+        cell
         for part, cells in verdict["parts"].items()
         for cell in cells
         if part.startswith(_DECIDING)
-    )
-    if status == "refuted" and reversed_:
-        return [(1, "Refuted: the effect points the other way.")]
-    return []
+    ]
+    turned = [str(c["name"]) for c in own if (c["status"], c["reason"]) == ("refuted", "reversed")]
+    if status != "refuted" or not turned:
+        return []
+    where = ", ".join(turned[:2]) + (f" and {len(turned) - 2} more" if len(turned) > 2 else "")
+    told = f" ({where})" if len(own) > 1 else ""
+    return [(1, f"Refuted: the effect points the other way{told}.")]
 
 
 def _at(verdict: Verdict) -> str:

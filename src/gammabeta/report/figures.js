@@ -252,7 +252,7 @@ const figuresOf = (tools) => {
       return { low: -most, high: most, log: false, two: true };
     }
     const least = Math.min(...positive);
-    const asLog = positive.length > 0 && low >= 0 && (log || high > 300 * least);
+    const asLog = positive.length > 0 && low >= 0 && (log || high > 30 * least);
     return { low: asLog ? least : low, high, log: asLog, two: false };
   }
 

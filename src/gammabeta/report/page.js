@@ -174,7 +174,10 @@
     target.hidden = false;
     const inner = target.matches(".claims > li") ? target.querySelector("details") : target.closest("details");
     if (inner) inner.open = true;
-    target.scrollIntoView();
+    // What is near is drawn first: it changes its height, and the place would move away.
+    const top = (node) => node.getBoundingClientRect().top;
+    figures.filter((node) => !node.dataset.drawn && Math.abs(top(node) - top(target)) < 1800).forEach(draw);
+    target.scrollIntoView({ behavior: "instant" });
   }
   window.addEventListener("hashchange", () => {
     view.followed();
