@@ -44,7 +44,8 @@ def _certain(verdict: Verdict, by_variation: Mapping[str, str]) -> Verdict:
     return dataclasses.replace(
         verdict,
         certainty="B" if held >= NEEDED else "C",
-        variations=f"Holds in {held} of {len(VARIATIONS)} variations: {told}.",
+        variations=f"Holds in {held} of {len(by_variation)} variations{missing(by_variation)}: "
+        f"{told}.",
     )
 
 
@@ -55,3 +56,9 @@ def holding(status: str, by_variation: Mapping[str, str]) -> int:
     1
     """
     return sum(other == status for other in by_variation.values())
+
+
+def missing(by_variation: Mapping[str, str]) -> str:
+    """Which variations have no rows yet, in words."""
+    absent = [TITLES[name] for name in VARIATIONS if name not in by_variation]
+    return f" (not run: {', '.join(absent)})" if absent else ""

@@ -6,7 +6,7 @@ from gammabeta._runs import StoredCell
 from gammabeta.studies._claims import claims
 from gammabeta.studies._experiments import VARIATIONS
 from gammabeta.studies._headline import TITLES
-from gammabeta.studies._holds import holding
+from gammabeta.studies._holds import holding, missing
 from gammabeta.studies._judge import Judged, Multiplicity
 from gammabeta.studies._provenance import Rule, digest
 from gammabeta.studies._verdict import Verdict
@@ -119,11 +119,12 @@ def _variations(found: Judged) -> str:
         by = found.varied.get(claim, {})
         for name in names:
             agree[name] += by.get(name) == verdict.status
-        held = f"{holding(verdict.status, by)} of {len(VARIATIONS)}"
+        held = f"{holding(verdict.status, by)} of {len(by)}"
         each = (by.get(name, "–") for name in names)
         lines.append(f"| {' | '.join((claim, verdict.status, *each, held, verdict.certainty))} |")
     told = "; ".join(f"{TITLES[name]} {count} of {len(own)}" for name, count in agree.items())
-    return "\n".join(lines) + f"\n\nThe same verdict as the accepted rows: {told}.\n"
+    absent = missing(dict.fromkeys(names, ""))
+    return "\n".join(lines) + f"\n\nThe same verdict as the accepted rows{absent}: {told}.\n"
 
 
 def _disputes(verdicts: Iterable[Verdict]) -> str:
