@@ -106,6 +106,8 @@ def test_a_disagreement_is_seen():
 @pytest.mark.parametrize("script", OWN_DATA)
 def test_rows_measured_now_agree_with_a_plain_script(script):
     """Those claims whose networks see Gaussian data only."""
+    if script == "mf_explosion" and not os.environ.get("GAMMABETA_SLOW"):
+        pytest.skip("takes long: set GAMMABETA_SLOW=1; its kept rows are compared below")
     digits = load("digits")
     found = told(script)
     (claim,) = {one["claim"] for one in found}

@@ -324,5 +324,6 @@ def test_the_page_draws_published_numbers_as_marks_over_our_bands(chromium, tmp_
         assert len(told) - len(marks) == 6
         names = tab.locator("figure .legend > span").all_inner_texts()
         assert names == [s["name"] for s in figure["panels"][0]["series"]]
-        assert tab.locator("figure .legend svg rect").count() == 2
-        assert tab.locator("figure .legend svg line").count() == 2
+        # a line for each curve, a diamond for each set of published numbers
+        assert tab.locator("figure .legend svg path[d='M0 6h36']").count() == 2
+        assert tab.locator("figure .legend svg path[d^='M18 1.2']").count() == 2
