@@ -110,6 +110,7 @@ def test_the_slider_moves_all_arms_with_fixed_axes_and_can_be_played(tab):
     assert found.locator("output").inner_text() == "50"
     assert tab.evaluate(axes) == fixed
     found.locator("details.table > summary").click()
+    found.locator("tbody tr").first.wait_for()  # filled after it has opened
     assert found.locator("tbody tr").count() == 15  # five frames of three points
     found.locator("details.table > summary").click()
 
