@@ -681,6 +681,7 @@ def test_the_tables_of_rows_and_figures_can_be_read_and_saved(chromium, made, tm
         wanted = [row["accuracy"] for row in rows_of("tanh", "none", 3)]
         assert found == pytest.approx(wanted, rel=1e-5)
         tab.locator("details[data-figure-table] > summary").click()
+        tab.locator("details[data-figure-table] tbody tr").first.wait_for()
         assert tab.locator("details[data-figure-table] tbody tr").count() == 80
 
 
