@@ -9,12 +9,13 @@ import math
 import statistics
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from gammabeta._runs import Row, Scalar
 from gammabeta.studies._answer import Setting, Words, answer
 from gammabeta.studies._claims import claims
 from gammabeta.studies._joint import Part, joint
+from gammabeta.studies._outcomes import beside as with_cells
 from gammabeta.studies._tuned import MOST_SEEDS, PILOT_SEEDS, shown
 from gammabeta.studies._verdict import Outcome, Verdict, planned_n
 
@@ -118,13 +119,11 @@ def verdict(
         planned=planned(pilot, least),
         notes=notes,
     )
-    more: list[dict[str, Any]] = []
-    for name, values in (beside or {}).items():
-        more += shown(name, list(values.values()))
-    if found.status == "demo":
-        more = [{**cell, "status": "demo", "reason": ""} for cell in more]
     status = None if published is None else found.published_status
-    return dataclasses.replace(found, published_status=status, cells=[*found.cells, *more])
+    return with_cells(
+        dataclasses.replace(found, published_status=status),
+        [cell for name, by in (beside or {}).items() for cell in shown(name, list(by.values()))],
+    )
 
 
 def _decided(parts: Parts, least: int) -> Outcome:

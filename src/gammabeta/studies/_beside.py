@@ -4,6 +4,7 @@ import dataclasses
 from collections.abc import Mapping, Sequence
 
 from gammabeta.studies._answer import Setting, Words, answer, span
+from gammabeta.studies._outcomes import beside as with_cells
 from gammabeta.studies._pairs import NORMS, Runs
 from gammabeta.studies._tuned import LEAST_SEEDS, Trained, minus, shown
 from gammabeta.studies._verdict import Outcome, Verdict, helps
@@ -37,15 +38,9 @@ def answered(
         planned=planned,
         notes=notes,
     )
-    more = [
-        cell for name, by_seed in beside.items() for cell in shown(name, list(by_seed.values()))
-    ]
-    if found.status == "demo":
-        more = [{**cell, "status": "demo", "reason": ""} for cell in more]
-    return dataclasses.replace(
-        found,
-        cells=[*found.cells, *more],
-        published_status=found.published_status if published else None,
+    return with_cells(
+        dataclasses.replace(found, published_status=found.published_status if published else None),
+        [cell for name, by in beside.items() for cell in shown(name, list(by.values()))],
     )
 
 
