@@ -5,13 +5,23 @@ the fields part ("tuning", "fair" or "pilot"), group, arm and rate.
 """
 
 import dataclasses
-from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Callable, Container, Iterable, Mapping, Sequence
+from typing import Any, NamedTuple, Protocol
 
 from gammabeta._runs import Row
 from gammabeta.studies._answer import PLACES, Setting, Words, answer
 from gammabeta.studies._claims import claims
-from gammabeta.studies._pairs import Run, Runs, Tuning, curves, gains, rates_curve, tune
+from gammabeta.studies._pairs import (
+    Run,
+    Runs,
+    Tuning,
+    collect,
+    curve,
+    curves,
+    gains,
+    rates_curve,
+    tune,
+)
 from gammabeta.studies._verdict import Outcome, Verdict, interval
 
 TUNING_SEEDS = (800, 801)
@@ -38,6 +48,17 @@ class Wish(NamedTuple):
     seed: int
     part: str
     what: Trained
+
+
+class Budget(Protocol):
+    """What the search and the number of seeds take from an experiment's plan."""
+
+    @property
+    def rates(self) -> tuple[float, ...]: ...
+    @property
+    def seeds(self) -> int: ...
+    @property
+    def decides(self) -> bool: ...
 
 
 def search(
@@ -100,6 +121,55 @@ def wishes(
         for seed in range(count, planned or 0):
             wanted += [Wish(3, seed, "fair", what) for what in main]
     return wanted
+
+
+def every(groups: Groups, best: Best) -> list[Trained]:
+    """All arms of all groups, each at its best rate."""
+    return [Trained(g, arm, best[g][arm]) for g, arms in groups.items() for arm in arms]
+
+
+def needed(
+    rows: Sequence[Row],
+    groups: Groups,
+    plan: Budget,
+    seeds: int | None,
+    asked: Callable[[Best], Iterable[int | None]],
+) -> list[Wish]:
+    """The cells of an experiment that compares all its arms, given the rows of its budget so far.
+
+    ``asked``: for each claim the seeds that its pilot asks for, None before it is complete.
+    """
+    tunings = search(collect(rows, KEYS), groups, plan.rates, grow=plan.decides)
+    best = chosen(tunings)
+    settled = len(best) == len(groups)
+    counts = list(asked(best)) if settled else []
+    known = [count for count in counts if count is not None]
+    return wishes(
+        groups,
+        tunings,
+        every(groups, best) if settled else None,
+        least=plan.seeds,
+        seeds=seeds,
+        pilot=plan.decides,
+        planned=max(known) if known and len(known) == len(counts) else None,
+    )
+
+
+def guessed(
+    groups: Groups, plan: Budget, seeds: int | None, count: int, more: Sequence[float] = ()
+) -> list[Wish]:
+    """About what `needed` will have asked for: ``more`` rates, ``count`` seeds by the pilot."""
+    rates = (*plan.rates, *more) if plan.decides else plan.rates
+    guess = {group: dict.fromkeys(arms, plan.rates[0]) for group, arms in groups.items()}
+    return wishes(
+        groups,
+        search({}, groups, rates, grow=False),
+        every(groups, guess),
+        least=plan.seeds,
+        seeds=seeds,
+        pilot=plan.decides,
+        planned=count,
+    )
 
 
 def minus(runs: Runs, part: str, first: Trained, second: Trained) -> dict[int, float]:
@@ -193,3 +263,46 @@ def tuning_figure(
         panels,
     )
     return [drawn] if panels else []
+
+
+def trained_figures(
+    experiment: str,
+    rows: Sequence[Row],
+    groups: Groups,
+    plan: Budget,
+    title: str,
+    caption: str,
+    what: str,
+    *,
+    plain: Container[str] = (),
+    panel: str | None = None,
+) -> list[dict[str, Any]]:
+    """Test accuracy while the fair runs end, a panel for each group; and how rates were chosen.
+
+    Args:
+        title: of the first figure, with {where}.
+        what: the rates are chosen by or for.
+        plain: arms that are drawn as those without batch normalization.
+        panel: the title of one panel for all groups, in place of one each.
+    """
+    runs = collect(rows, KEYS)
+    best = chosen(search(runs, groups, plan.rates, grow=plan.decides))
+    by_panel: dict[str, list[dict[str, Any]]] = {}
+    for group, rates in best.items():
+        for arm, rate in rates.items():
+            if ended := runs.get(("fair", group, arm, rate), {}):
+                style = "none" if arm in plain else "bn"
+                series = by_panel.setdefault(panel or group, [])
+                series.append({**curve(ended, style), "name": arm})
+    panels = [{"title": name, "series": series} for name, series in by_panel.items()]
+    where = PLACES.get(str(rows[0]["data"]), str(rows[0]["data"]))
+    drawn = curves(
+        experiment,
+        "accuracy",
+        title.format(where=where),
+        f"{caption} Mean over seeds; the band is its 95 % interval.",
+        "training step",
+        panels,
+    )
+    tuned = tuning_figure(experiment, "tuning", rows, runs, groups, what)
+    return [*([drawn] if panels else []), *tuned]

@@ -50,13 +50,13 @@ from torch.nn.functional import cross_entropy
 
 from gammabeta._runs import Row, Scalar
 from gammabeta.layers.batch_norm import BatchNorm1d
-from gammabeta.studies._answer import PLACES, Setting, Words
+from gammabeta.studies._answer import Setting, Words
 from gammabeta.studies._asked import Asked, Parts, ends, less, planned, verdict
 from gammabeta.studies._claims import claims
 from gammabeta.studies._data import Images
 from gammabeta.studies._experiments import Cell
 from gammabeta.studies._nets import MLP
-from gammabeta.studies._pairs import collect, curve, curves
+from gammabeta.studies._pairs import collect
 from gammabeta.studies._train import accuracy, batches, fair_split, log_steps, pixels, stream
 from gammabeta.studies._tuned import (
     KEYS,
@@ -65,10 +65,11 @@ from gammabeta.studies._tuned import (
     Trained,
     chosen,
     diverged_note,
+    guessed,
+    needed,
     search,
-    tuning_figure,
+    trained_figures,
     tuning_notes,
-    wishes,
 )
 from gammabeta.studies._verdict import Verdict
 
@@ -104,34 +105,18 @@ def cells(budget: str, data: str, seeds: int | None, rows: list[Row]) -> list[Ce
     """Tuning until every grid is settled; then the main runs; pilot; more seeds."""
     plan = PLANS[budget]
     rows = [r for r in rows if (r["budget"], r["data"]) == (budget, data)]
-    tunings = search(collect(rows, KEYS), GROUPS, plan.rates, grow=plan.decides)
-    best = chosen(tunings)
-    settled = len(best) == len(GROUPS)
-    wanted = wishes(
-        GROUPS,
-        tunings,
-        _main(best) if settled else None,
-        least=plan.seeds,
-        seeds=seeds,
-        pilot=plan.decides,
-        planned=planned(_asked(rows, "pilot", best), LEAST_SEEDS) if settled else None,
-    )
+
+    def asked(best: Best) -> list[int | None]:
+        return [planned(_asked(rows, "pilot", best), LEAST_SEEDS)]
+
+    wanted = needed(rows, GROUPS, plan, seeds, asked)
     return [_cell(plan, *wish) for wish in wanted if not _spare(*wish)]
 
 
 def expected(budget: str, data: str, seeds: int | None) -> list[Cell]:
     """About what a whole run asks for: grids grow twice, the pilot asks for half as many more."""
     plan = PLANS[budget]
-    rates = (*plan.rates, 30.0, 100.0) if plan.decides else plan.rates
-    wanted = wishes(
-        GROUPS,
-        search({}, GROUPS, rates, grow=False),
-        _main({group: dict.fromkeys(arms, plan.rates[0]) for group, arms in GROUPS.items()}),
-        least=plan.seeds,
-        seeds=seeds,
-        pilot=plan.decides,
-        planned=LEAST_SEEDS * 3 // 2,
-    )
+    wanted = guessed(GROUPS, plan, seeds, LEAST_SEEDS * 3 // 2, (30.0, 100.0))
     return [_cell(plan, *wish) for wish in wanted if not _spare(*wish)]
 
 
@@ -139,10 +124,6 @@ def _spare(wave: int, seed: int, part: str, what: Trained) -> bool:
     """Arms that are shown need no pilot and no seeds beyond the least."""
     shown = what.arm in (ALL, OUTPUT)
     return shown and (part == "pilot" or (part == "fair" and seed >= LEAST_SEEDS))
-
-
-def _main(best: Best) -> list[Trained]:
-    return [Trained(g, arm, best[g][arm]) for g, arms in GROUPS.items() for arm in arms]
 
 
 def _cell(plan: Plan, wave: int, seed: int, part: str, what: Trained) -> Cell:
@@ -285,25 +266,13 @@ def figures(rows: list[Row]) -> list[dict[str, Any]]:
     """Test accuracy at the end of training, and how the rates were chosen."""
     if not rows:
         return []
-    plan, runs = PLANS[str(rows[0]["budget"])], collect(rows, KEYS)
-    where = PLACES.get(str(rows[0]["data"]), str(rows[0]["data"]))
-    best = chosen(search(runs, GROUPS, plan.rates, grow=plan.decides))
-    panels = []
-    for group, rates in best.items():
-        series = []
-        for arm, rate in rates.items():
-            ended = runs.get(("fair", group, arm, rate), {})
-            if ended:
-                series.append({**curve(ended, "bn" if arm == AFFINE else "none"), "name": arm})
-        if series:
-            panels.append({"title": group, "series": series})
-    drawn = curves(
+    return trained_figures(
         "affine-only",
-        "accuracy",
-        f"Test accuracy on {where} where only some numbers of a random network are trained",
-        "Each arm at its best learning rate. Mean over seeds; the band is its 95 % interval.",
-        "training step",
-        panels,
+        rows,
+        GROUPS,
+        PLANS[str(rows[0]["budget"])],
+        "Test accuracy on {where} where only some numbers of a random network are trained",
+        "Each arm at its best learning rate.",
+        "by what is trained",
+        plain=(RANDOM, ALL, OUTPUT),
     )
-    tuned = tuning_figure("affine-only", "tuning", rows, runs, GROUPS, "by what is trained")
-    return [*([drawn] if panels else []), *tuned]

@@ -69,13 +69,13 @@ from torch.nn.functional import cross_entropy
 from gammabeta._runs import Row, Scalar
 from gammabeta.layers.batch_norm import BatchNorm1d
 from gammabeta.models.calibration import calibrate
-from gammabeta.studies._answer import PLACES, Setting, Words
+from gammabeta.studies._answer import Setting, Words
 from gammabeta.studies._asked import Asked, Parts, ends, less, planned, verdict
 from gammabeta.studies._claims import claims
 from gammabeta.studies._data import Images
 from gammabeta.studies._experiments import Cell
 from gammabeta.studies._nets import MLP, Norm, m2, renorm
-from gammabeta.studies._pairs import collect, curve, curves
+from gammabeta.studies._pairs import collect
 from gammabeta.studies._train import accuracy, fair_split, log_steps, pixels, stream
 from gammabeta.studies._tuned import (
     KEYS,
@@ -84,10 +84,11 @@ from gammabeta.studies._tuned import (
     Trained,
     chosen,
     diverged_note,
+    guessed,
+    needed,
     search,
-    tuning_figure,
+    trained_figures,
     tuning_notes,
-    wishes,
 )
 from gammabeta.studies._verdict import Verdict
 
@@ -132,34 +133,18 @@ def cells(budget: str, data: str, seeds: int | None, rows: list[Row]) -> list[Ce
     """Tuning until the grid is settled; then the main runs; pilot; more seeds."""
     plan = PLANS[budget]
     rows = [r for r in rows if (r["budget"], r["data"]) == (budget, data)]
-    tunings = search(collect(rows, KEYS), GROUPS, plan.rates, grow=plan.decides)
-    best = chosen(tunings)
-    counts = [planned(_asked(claim, rows, "pilot", best), LEAST_SEEDS) for claim in CLAIMS]
-    known = [count for count in counts if count is not None]
-    wanted = wishes(
-        GROUPS,
-        tunings,
-        _main(best) if len(best) == len(GROUPS) else None,
-        least=plan.seeds,
-        seeds=seeds,
-        pilot=plan.decides,
-        planned=max(known) if len(known) == len(counts) else None,
-    )
+
+    def asked(best: Best) -> list[int | None]:
+        return [planned(_asked(claim, rows, "pilot", best), LEAST_SEEDS) for claim in CLAIMS]
+
+    wanted = needed(rows, GROUPS, plan, seeds, asked)
     return [_cell(plan, *wish) for wish in wanted if not _spare(*wish)]
 
 
 def expected(budget: str, data: str, seeds: int | None) -> list[Cell]:
     """About what a whole run asks for: no grid grows, the pilot asks for half as many more."""
     plan = PLANS[budget]
-    wanted = wishes(
-        GROUPS,
-        search({}, GROUPS, plan.rates, grow=False),
-        _main({group: dict.fromkeys(arms, plan.rates[0]) for group, arms in GROUPS.items()}),
-        least=plan.seeds,
-        seeds=seeds,
-        pilot=plan.decides,
-        planned=LEAST_SEEDS * 3 // 2,
-    )
+    wanted = guessed(GROUPS, plan, seeds, LEAST_SEEDS * 3 // 2)
     return [_cell(plan, *wish) for wish in wanted if not _spare(*wish)]
 
 
@@ -167,10 +152,6 @@ def _spare(wave: int, seed: int, part: str, what: Trained) -> bool:
     """Arms that are shown need no pilot and no seeds beyond the least."""
     shown = what.arm in (GN, ALL)
     return shown and (part == "pilot" or (part == "fair" and seed >= LEAST_SEEDS))
-
-
-def _main(best: Best) -> list[Trained]:
-    return [Trained(group, arm, best[group][arm]) for arm, group in GROUP_OF.items()]
 
 
 def _cell(plan: Plan, wave: int, seed: int, part: str, what: Trained) -> Cell:
@@ -377,22 +358,14 @@ def figures(rows: list[Row]) -> list[dict[str, Any]]:
     """Test accuracy at the end of training, and how the rates were chosen."""
     if not rows:
         return []
-    plan, runs = PLANS[str(rows[0]["budget"])], collect(rows, KEYS)
-    where = PLACES.get(str(rows[0]["data"]), str(rows[0]["data"]))
-    best = chosen(search(runs, GROUPS, plan.rates, grow=plan.decides))
-    series = []
-    for arm, group in GROUP_OF.items():
-        ended = runs.get(("fair", group, arm, best.get(group, {}).get(arm)), {})
-        if ended:
-            series.append({**curve(ended, "none" if arm in (GN, ALL) else "bn"), "name": arm})
-    drawn = curves(
+    return trained_figures(
         "composition",
-        "accuracy",
-        f"Test accuracy on {where} after training on batches of few digits",
-        "Running statistics, each arm at its best learning rate. Mean over seeds; the band is its "
-        "95 % interval.",
-        "training step",
-        [{"title": "MLP 100-100", "series": series}],
+        rows,
+        GROUPS,
+        PLANS[str(rows[0]["budget"])],
+        "Test accuracy on {where} after training on batches of few digits",
+        "Running statistics, each arm at its best learning rate.",
+        "by composition",
+        plain=(GN, ALL),
+        panel="MLP 100-100",
     )
-    tuned = tuning_figure("composition", "tuning", rows, runs, GROUPS, "by composition")
-    return [*([drawn] if series else []), *tuned]

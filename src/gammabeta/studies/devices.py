@@ -50,14 +50,14 @@ import torch
 
 from gammabeta._runs import Row, Scalar
 from gammabeta.models.calibration import calibrate
-from gammabeta.studies._answer import PLACES, Setting, Words
+from gammabeta.studies._answer import Setting, Words
 from gammabeta.studies._asked import Asked, Parts, ends, less, planned, verdict
 from gammabeta.studies._claims import claims
 from gammabeta.studies._data import Images
 from gammabeta.studies._devices.exact import errors
 from gammabeta.studies._devices.shards import parallel
 from gammabeta.studies._experiments import Cell
-from gammabeta.studies._pairs import collect, curve, curves
+from gammabeta.studies._pairs import collect
 from gammabeta.studies._train import accuracy, fair_split, log_steps, pixels, stream, train
 from gammabeta.studies._tuned import (
     KEYS,
@@ -66,10 +66,11 @@ from gammabeta.studies._tuned import (
     Trained,
     chosen,
     diverged_note,
+    guessed,
+    needed,
     search,
-    tuning_figure,
+    trained_figures,
     tuning_notes,
-    wishes,
 )
 from gammabeta.studies._verdict import Verdict
 
@@ -106,33 +107,18 @@ def cells(budget: str, data: str, seeds: int | None, rows: list[Row]) -> list[Ce
     """The identities; tuning until the grid is settled; then the main runs; pilot; more seeds."""
     plan = PLANS[budget]
     rows = [r for r in rows if (r["budget"], r["data"]) == (budget, data)]
-    tunings = search(collect(rows, KEYS), GROUPS, plan.rates, grow=plan.decides)
-    best = chosen(tunings)
-    count = planned(_asked(rows, "pilot", best), LEAST_SEEDS) if best else None
-    wanted = wishes(
-        GROUPS,
-        tunings,
-        _main(best) if best else None,
-        least=plan.seeds,
-        seeds=seeds,
-        pilot=plan.decides,
-        planned=count,
-    )
+
+    def asked(best: Best) -> list[int | None]:
+        return [planned(_asked(rows, "pilot", best), LEAST_SEEDS)]
+
+    wanted = needed(rows, GROUPS, plan, seeds, asked)
     return [*_exact(plan, seeds), *(_cell(plan, *wish) for wish in wanted)]
 
 
 def expected(budget: str, data: str, seeds: int | None) -> list[Cell]:
     """About what a whole run asks for: no grid grows, the pilot asks for twice the least seeds."""
     plan = PLANS[budget]
-    wanted = wishes(
-        GROUPS,
-        search({}, GROUPS, plan.rates, grow=False),
-        _main({"devices": dict.fromkeys(DEVICES, plan.rates[0])}),
-        least=plan.seeds,
-        seeds=seeds,
-        pilot=plan.decides,
-        planned=2 * LEAST_SEEDS,
-    )
+    wanted = guessed(GROUPS, plan, seeds, 2 * LEAST_SEEDS)
     return [*_exact(plan, seeds), *(_cell(plan, *wish) for wish in wanted)]
 
 
@@ -140,10 +126,6 @@ def _exact(plan: Plan, seeds: int | None) -> list[Cell]:
     # The time of this process alone, which is what a run adds up; the ranks take about 7 s.
     count = plan.seeds if seeds is None else seeds
     return [Cell("devices", {"part": "exact"}, seed, 0.1) for seed in range(count)]
-
-
-def _main(best: Best) -> list[Trained]:
-    return [Trained("devices", arm, best["devices"][arm]) for arm in DEVICES]
 
 
 def _cell(plan: Plan, wave: int, seed: int, part: str, what: Trained) -> Cell:
@@ -300,22 +282,14 @@ def figures(rows: list[Row]) -> list[dict[str, Any]]:
     """Test accuracy at the end of training, and how the rates were chosen."""
     if not rows:
         return []
-    plan, runs = PLANS[str(rows[0]["budget"])], collect(rows, KEYS)
-    where = PLACES.get(str(rows[0]["data"]), str(rows[0]["data"]))
-    best = chosen(search(runs, GROUPS, plan.rates, grow=plan.decides)).get("devices", {})
-    series = []
-    for arm, rate in best.items():
-        ended = runs.get(("fair", "devices", arm, rate), {})
-        if ended:
-            series.append({**curve(ended, "none" if arm == _ONE else "bn"), "name": arm})
-    drawn = curves(
+    return trained_figures(
         "devices",
-        "accuracy",
-        f"Test accuracy on {where} with batches of 32 on several devices",
-        "Statistics of each device's own shard, each number at its best learning rate. Mean over "
-        "seeds; the band is its 95 % interval.",
-        "training step",
-        [{"title": "MLP 100-100", "series": series}],
+        rows,
+        GROUPS,
+        PLANS[str(rows[0]["budget"])],
+        "Test accuracy on {where} with batches of 32 on several devices",
+        "Statistics of each device's own shard, each number at its best learning rate.",
+        "by the number of devices",
+        plain=(_ONE,),
+        panel="MLP 100-100",
     )
-    tuned = tuning_figure("devices", "tuning", rows, runs, GROUPS, "by the number of devices")
-    return [*([drawn] if series else []), *tuned]

@@ -42,13 +42,13 @@ from typing import Any, NamedTuple
 from torch import nn
 
 from gammabeta._runs import Row, Scalar
-from gammabeta.studies._answer import PLACES, Setting, Words
+from gammabeta.studies._answer import Setting, Words
 from gammabeta.studies._asked import Asked, Parts, ends, less, planned, verdict
 from gammabeta.studies._claims import claims
 from gammabeta.studies._data import Images
 from gammabeta.studies._experiments import Cell
 from gammabeta.studies._nets import m2
-from gammabeta.studies._pairs import collect, curve, curves
+from gammabeta.studies._pairs import collect
 from gammabeta.studies._train import accuracy, fair_split, log_steps, pixels, stream, train
 from gammabeta.studies._tuned import (
     EQUIVALENCE_SEEDS,
@@ -57,10 +57,11 @@ from gammabeta.studies._tuned import (
     Trained,
     chosen,
     diverged_note,
+    guessed,
+    needed,
     search,
-    tuning_figure,
+    trained_figures,
     tuning_notes,
-    wishes,
 )
 from gammabeta.studies._verdict import Verdict
 
@@ -97,39 +98,19 @@ def cells(budget: str, data: str, seeds: int | None, rows: list[Row]) -> list[Ce
     """Tuning until every grid is settled; then the main runs; pilot; more seeds."""
     plan = PLANS[budget]
     rows = [r for r in rows if (r["budget"], r["data"]) == (budget, data)]
-    tunings = search(collect(rows, KEYS), GROUPS, plan.rates, grow=plan.decides)
-    best = chosen(tunings)
-    settled = len(best) == len(GROUPS)
-    wanted = wishes(
-        GROUPS,
-        tunings,
-        _main(best) if settled else None,
-        least=plan.seeds,
-        seeds=seeds,
-        pilot=plan.decides,
-        planned=planned(_asked(rows, "pilot", best), EQUIVALENCE_SEEDS) if settled else None,
-    )
+
+    def asked(best: Best) -> list[int | None]:
+        return [planned(_asked(rows, "pilot", best), EQUIVALENCE_SEEDS)]
+
+    wanted = needed(rows, GROUPS, plan, seeds, asked)
     return [_cell(plan, *wish) for wish in wanted]
 
 
 def expected(budget: str, data: str, seeds: int | None) -> list[Cell]:
     """About what a whole run asks for: grids grow once, the pilot asks for half as many more."""
     plan = PLANS[budget]
-    rates = (0.01, *plan.rates) if plan.decides else plan.rates
-    wanted = wishes(
-        GROUPS,
-        search({}, GROUPS, rates, grow=False),
-        _main({group: dict.fromkeys(BATCHES, plan.rates[0]) for group in GROUPS}),
-        least=plan.seeds,
-        seeds=seeds,
-        pilot=plan.decides,
-        planned=EQUIVALENCE_SEEDS * 3 // 2,
-    )
+    wanted = guessed(GROUPS, plan, seeds, EQUIVALENCE_SEEDS * 3 // 2, (0.01,))
     return [_cell(plan, *wish) for wish in wanted]
-
-
-def _main(best: Best) -> list[Trained]:
-    return [Trained(g, arm, best[g][arm]) for g, arms in GROUPS.items() for arm in arms]
 
 
 def _cell(plan: Plan, wave: int, seed: int, part: str, what: Trained) -> Cell:
@@ -254,26 +235,12 @@ def figures(rows: list[Row]) -> list[dict[str, Any]]:
     """Test accuracy at the end of training, and how the rates were chosen."""
     if not rows:
         return []
-    plan, runs = PLANS[str(rows[0]["budget"])], collect(rows, KEYS)
-    where = PLACES.get(str(rows[0]["data"]), str(rows[0]["data"]))
-    best = chosen(search(runs, GROUPS, plan.rates, grow=plan.decides))
-    panels = []
-    for group, rates in best.items():
-        series = []
-        for name, rate in rates.items():
-            ended = runs.get(("fair", group, name, rate), {})
-            if ended:
-                series.append({**curve(ended, "bn"), "name": name})
-        if series:
-            panels.append({"title": group, "series": series})
-    drawn = curves(
+    return trained_figures(
         "group-norm",
-        "accuracy",
-        f"Test accuracy on {where} with GroupNorm, by batch size",
-        "Equal epochs, each batch size at its best learning rate. Mean over seeds; the band is its "
-        "95 % interval.",
-        "training step",
-        panels,
+        rows,
+        GROUPS,
+        PLANS[str(rows[0]["budget"])],
+        "Test accuracy on {where} with GroupNorm, by batch size",
+        "Equal epochs, each batch size at its best learning rate.",
+        "by batch size",
     )
-    tuned = tuning_figure("group-norm", "tuning", rows, runs, GROUPS, "by batch size")
-    return [*([drawn] if panels else []), *tuned]

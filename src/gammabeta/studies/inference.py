@@ -88,10 +88,11 @@ from gammabeta.studies._tuned import (
     Trained,
     chosen,
     diverged_note,
+    guessed,
+    needed,
     search,
     tuning_figure,
     tuning_notes,
-    wishes,
 )
 from gammabeta.studies._verdict import Verdict
 
@@ -128,34 +129,18 @@ def cells(budget: str, data: str, seeds: int | None, rows: list[Row]) -> list[Ce
     """Tuning until every grid is settled; then the main runs; pilot; more seeds."""
     plan = PLANS[budget]
     rows = [r for r in rows if (r["budget"], r["data"]) == (budget, data)]
-    tunings = search(collect(rows, KEYS), GROUPS, plan.rates, grow=plan.decides)
-    best = chosen(tunings)
-    counts = [planned(_asked(claim, rows, "pilot", best), LEAST[claim]) for claim in CLAIMS]
-    known = [count for count in counts if count is not None]
-    wanted = wishes(
-        GROUPS,
-        tunings,
-        _main(best) if len(best) == len(GROUPS) else None,
-        least=plan.seeds,
-        seeds=seeds,
-        pilot=plan.decides,
-        planned=max(known) if len(known) == len(counts) else None,
-    )
+
+    def asked(best: Best) -> list[int | None]:
+        return [planned(_asked(claim, rows, "pilot", best), LEAST[claim]) for claim in CLAIMS]
+
+    wanted = needed(rows, GROUPS, plan, seeds, asked)
     return [_cell(plan, *wish) for wish in wanted if not _spare(*wish)]
 
 
 def expected(budget: str, data: str, seeds: int | None) -> list[Cell]:
     """About what a whole run asks for: no grid grows, the pilot asks for half as many more."""
     plan = PLANS[budget]
-    wanted = wishes(
-        GROUPS,
-        search({}, GROUPS, plan.rates, grow=False),
-        _main({group: dict.fromkeys(arms, plan.rates[0]) for group, arms in GROUPS.items()}),
-        least=plan.seeds,
-        seeds=seeds,
-        pilot=plan.decides,
-        planned=EQUIVALENCE_SEEDS * 3 // 2,
-    )
+    wanted = guessed(GROUPS, plan, seeds, EQUIVALENCE_SEEDS * 3 // 2)
     return [_cell(plan, *wish) for wish in wanted if not _spare(*wish)]
 
 
@@ -163,10 +148,6 @@ def _spare(wave: int, seed: int, part: str, what: Trained) -> bool:
     """The network trained in eval mode, which is shown, needs no pilot and few seeds."""
     few = part == "pilot" or (part == "fair" and seed >= LEAST_SEEDS)
     return what.arm == "eval" and few
-
-
-def _main(best: Best) -> list[Trained]:
-    return [Trained(g, arm, best[g][arm]) for g, arms in GROUPS.items() for arm in arms]
 
 
 def _cell(plan: Plan, wave: int, seed: int, part: str, what: Trained) -> Cell:

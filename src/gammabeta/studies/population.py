@@ -81,10 +81,11 @@ from gammabeta.studies._tuned import (
     Trained,
     chosen,
     diverged_note,
+    guessed,
+    needed,
     search,
     tuning_figure,
     tuning_notes,
-    wishes,
 )
 from gammabeta.studies._verdict import Verdict
 
@@ -124,33 +125,19 @@ def cells(budget: str, data: str, seeds: int | None, rows: list[Row]) -> list[Ce
     """The averages with their pilot; the tuning of the ghosts; their runs, pilot, more seeds."""
     plan = PLANS[budget]
     rows = [r for r in rows if (r["budget"], r["data"]) == (budget, data)]
-    tunings = search(collect(rows, KEYS), GROUPS, plan.rates, grow=plan.decides)
-    best = chosen(tunings)
+
+    def asked(best: Best) -> list[int | None]:
+        return [planned(_repairs(rows, "pilot", best), LEAST_SEEDS)]
+
     more = planned(_averages(rows, "averages pilot", plan), EQUIVALENCE_SEEDS)
-    wanted = wishes(
-        GROUPS,
-        tunings,
-        _main(best) if best else None,
-        least=plan.seeds,
-        seeds=seeds,
-        pilot=plan.decides,
-        planned=planned(_repairs(rows, "pilot", best), LEAST_SEEDS) if best else None,
-    )
+    wanted = needed(rows, GROUPS, plan, seeds, asked)
     return [*_average_cells(plan, seeds, more), *(_cell(plan, *wish) for wish in wanted)]
 
 
 def expected(budget: str, data: str, seeds: int | None) -> list[Cell]:
     """About what a whole run asks for: no grid grows, pilots ask for half as many seeds more."""
     plan = PLANS[budget]
-    wanted = wishes(
-        GROUPS,
-        search({}, GROUPS, plan.rates, grow=False),
-        _main({"ghosts": dict.fromkeys(ghosts.ARMS, plan.rates[0])}),
-        least=plan.seeds,
-        seeds=seeds,
-        pilot=plan.decides,
-        planned=LEAST_SEEDS * 3 // 2,
-    )
+    wanted = guessed(GROUPS, plan, seeds, LEAST_SEEDS * 3 // 2)
     more = EQUIVALENCE_SEEDS * 3 // 2
     return [*_average_cells(plan, seeds, more), *(_cell(plan, *wish) for wish in wanted)]
 
@@ -167,10 +154,6 @@ def _average_cells(plan: Plan, seeds: int | None, more: int | None) -> list[Cell
         wanted += [cell("averages pilot", seed, 0) for seed in PILOT_SEEDS]
         wanted += [cell("averages", seed, 3) for seed in range(least, more or 0)]
     return wanted
-
-
-def _main(best: Best) -> list[Trained]:
-    return [Trained("ghosts", arm, best["ghosts"][arm]) for arm in ghosts.ARMS]
 
 
 def _cell(plan: Plan, wave: int, seed: int, part: str, what: Trained) -> Cell:

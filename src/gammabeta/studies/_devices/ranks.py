@@ -5,6 +5,7 @@ are forked from it, where the system can.
 """
 
 import datetime
+import importlib
 import multiprocessing
 import os
 import subprocess
@@ -119,8 +120,8 @@ def _rank(rank: int, size: int, folder: str) -> None:
 def main(folder: str) -> None:
     """Start the ranks of each number, one number after another."""
     ways = multiprocessing.get_all_start_methods()
-    # What it imports takes each rank a second, and once here.
-    torch.compiler.disable(lambda: None)()  # type: ignore[no-untyped-call]
+    # A first step imports it, which would take each rank a second: once, before they are forked.
+    importlib.import_module("torch._dynamo")
     multiprocessing.set_start_method("fork" if "fork" in ways else "spawn")
     for size in torch.load(Path(folder) / "job.pt")["sizes"]:
         ranks = [
