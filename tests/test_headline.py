@@ -18,6 +18,7 @@ from gammabeta.studies import (
     _judge,
     _kept,
     _nets,
+    _reach,
     _run,
     _variations,
     activations,
@@ -233,13 +234,12 @@ def test_images_are_halved_turned_and_noisy_and_the_digits_refused():
         _variations.hard(DIGITS)
 
 
-def test_the_code_of_varied_cells_covers_what_varies_them(monkeypatch):
+def test_the_code_of_varied_cells_covers_what_varies_them():
     experiment = experiments()["activations"]
-    assert experiment.code_of("small") == experiment.code_of("full") == experiment.code
     varied = experiment.code_of(BRIEF)
-    assert varied == experiment.code_of("width-half") != experiment.code
-    monkeypatch.setattr("gammabeta.studies._experiments._VARIED", ("studies/_headline.py",))
-    assert experiment.code_of(BRIEF) != varied
+    assert varied == experiment.code_of("width-half") != experiment.code_of("small")
+    places = _reach.reached(Path(_variations.__file__))
+    assert {f"studies/_variations.py: {name}" for name in ("SHORTER", "hard", "_m2")} <= set(places)
 
 
 # -- verdicts ----------------------------------------------------------------------------------

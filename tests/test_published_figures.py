@@ -217,7 +217,7 @@ def test_each_published_figure_is_drawn_with_a_panel_for_each_rate():
 
 def store(run, *, rates=figures.RATES, data="mnist"):
     """Cells of the experiment `activations` that go through Fig. 4 at rate 0.0001."""
-    digest = experiments()["activations"].code
+    digest = experiments()["activations"].code_of("full")
     for rate, seed, series in itertools.product(rates, (0, 1, 2), FIGURES["fig-4"].series):
         off = 0.001 * seed + (0.04 if rate == 0.01 else 0.0)
         spec = {

@@ -106,7 +106,7 @@ def test_the_page_is_the_same_again_and_whatever_code_comes_later(results, monke
     assert "| [toy-faster](#toy-faster-small) | – | demo |" in page
     assert "The larger rate gains" in page
     assert _kept.page(results, TOY, data="digits") == page
-    monkeypatch.setattr(Experiment, "code", "0" * 16)
+    monkeypatch.setattr(Experiment, "code_of", lambda *_: "0" * 16)
     later = {"toy": Experiment("toy", "toy_experiment")}
     assert _kept.page(results, later, data="digits") == page
     assert "other code" in _judge.judge([results], catalogue=later).verdicts[0].notes[0]
@@ -129,7 +129,7 @@ def test_what_may_not_be_accepted_is_refused_and_nothing_written(run, tmp_path, 
         _kept.accept([run], out, catalogue=TOY)
     with pytest.raises(ValueError, match="with the budget full were expected"):
         _kept.accept([run], out, budget="full", data="digits", catalogue=TOY)
-    monkeypatch.setattr(Experiment, "code", "0" * 16)
+    monkeypatch.setattr(Experiment, "code_of", lambda *_: "0" * 16)
     other = {"toy": Experiment("toy", "toy_experiment")}
     with pytest.raises(ValueError, match=r"got those of other code.*--refresh"):
         _kept.accept([run], out, data="digits", catalogue=other)

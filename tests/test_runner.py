@@ -608,7 +608,7 @@ def test_rows_of_other_code_are_counted_and_never_mixed(tmp_path, make):
     out = tmp_path / "run"
     run_plain(make("pass", "range(2)", module="moving"), out)
     changed = make("k += 1; k -= 1", "range(3)", module="moving")
-    code = changed["plain"].code
+    code = changed["plain"].code_of("small")
     old = _judge.select(_runs.read_cells([out]), code)
     assert len(old.cells) == 2
     assert "made by other code" in old.notes[0]

@@ -134,7 +134,7 @@ def test_flipped_kept_rows_are_seldom_supported(experiment):
     if not claims:
         pytest.skip(f"{experiment.id} decides no claim of superiority")
     stored = _runs.read_cells([path])
-    cells = _judge.select(stored, experiment.code, data="mnist").cells
+    cells = _judge.select(stored, experiment.code_of, data="mnist").cells
     shares, draws = wrong(experiment.judge, cells, claims)
     if not shares:
         pytest.skip(f"no contrast of {experiment.id} is between cells with and without BN")

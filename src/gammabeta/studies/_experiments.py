@@ -12,7 +12,6 @@ what a whole run will ask for, used only to estimate how long it takes. What doe
 file stands in a folder of the same name with an underscore before it.
 """
 
-import ast
 import dataclasses
 import difflib
 import functools
@@ -25,6 +24,7 @@ from types import ModuleType
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from gammabeta._runs import Row, Scalar
+from gammabeta.studies._reach import code_digest
 
 if TYPE_CHECKING:
     from gammabeta.studies._data import Images
@@ -35,14 +35,6 @@ BUDGETS = ("tiny", "small", "full")
 BRIEF = "brief"
 AGAIN = "fresh-seeds"  # the whole again: as many seeds, and corrected for the number of claims
 VARIATIONS = (AGAIN, "width-half", "width-double", "images-small")
-_PACKAGE = Path(__file__).resolve().parents[1]
-# What decides the numbers of every cell. Not the rules: a new rule leaves the rows as they are.
-_SOURCES = ("moments.py", "ops", "layers", *(f"studies/_{n}.py" for n in ("nets", "train", "data")))
-# Those of an experiment that measures with instruments.
-_INSTRUMENTS = ("probes", "_sites.py", "_guard.py")
-_RULES = ("judge", "figures")
-# That of brief and varied cells, beside their experiment's own.
-_VARIED = ("studies/_variations.py", "studies/_covariate_shift/deep.py")
 
 
 class Cell(NamedTuple):
@@ -161,21 +153,28 @@ class Experiment:
                     f"of 0 or more, got {cell}. Mend {self.module}."
                 )
 
+    def code_of(self, budget: str) -> str:
+        """16 hex digits for the code that makes the rows of a budget (see `code_digest`).
+
+        What is done to brief and varied cells enters theirs.
+        """
+        if budget not in self._codes:
+            self._codes[budget] = self._code_of(budget)
+        return self._codes[budget]
+
     @functools.cached_property
-    def code(self) -> str:
-        """16 hex digits for the code that makes this experiment's rows (see `code_digest`)."""
+    def _codes(self) -> dict[str, str]:
+        return {}  # by budget; taken once, whatever happens to the files later
+
+    def _code_of(self, budget: str) -> str:
         spec = importlib.util.find_spec(self.module)
         if spec is None or spec.origin is None:
             raise ImportError(f"The experiment {self.id}: there is no module {self.module}.")
-        return code_digest(Path(spec.origin))
-
-    def code_of(self, budget: str) -> str:
-        """The same of a budget's cells: what is done to brief and varied ones enters theirs."""
+        own = Path(spec.origin)
         if budget not in (BRIEF, *VARIATIONS):
-            return self.code
-        digest = hashlib.sha256(self.code.encode())
-        _update(digest, _VARIED)
-        return digest.hexdigest()[:16]
+            return code_digest(own, budget)
+        varied = code_digest(Path(__file__).with_name("_variations.py"))
+        return hashlib.sha256(f"{code_digest(own, 'small')} {varied}".encode()).hexdigest()[:16]
 
 
 def experiments() -> dict[str, Experiment]:
@@ -197,48 +196,3 @@ def choose(ids: Iterable[str], catalogue: Mapping[str, Experiment] | None) -> li
         hint = f"Did you mean {near[0]}?" if near else f"There are: {', '.join(known)}."
         raise ValueError(f"An experiment's id was expected, got {unknown!r}. {hint}")
     return [known[key] for key in dict.fromkeys(ids)]
-
-
-def code_digest(experiment: Path) -> str:
-    """16 hex digits of the SHA-256 over the sources that decide an experiment's rows.
-
-    The same on every machine: neither folders nor line ends enter. The experiment's top-level
-    functions `judge` and `figures` are left out, so that rows outlive a change of rule. A folder
-    named after the experiment (`_name/` beside `name.py`) is part of it, and so are the instruments
-    if it imports any.
-    """
-    digest = _shared_digest().copy()
-    own = experiment.with_name(f"_{experiment.stem}")
-    files = sorted(own.rglob("*.py"))
-    for file in files:
-        digest.update(f"{file.relative_to(own).as_posix()}\0{_text(file)}\0".encode())
-    text = _text(experiment)
-    if any("from gammabeta.probes" in each for each in (text, *map(_text, files))):
-        _update(digest, _INSTRUMENTS)
-    lines = text.split("\n")
-    for node in reversed(ast.parse(text, str(experiment)).body):
-        if isinstance(node, ast.FunctionDef) and node.name in _RULES and node.end_lineno:
-            first = min([node.lineno, *(d.lineno for d in node.decorator_list)])
-            del lines[first - 1 : node.end_lineno]
-    digest.update("\n".join(lines).encode())
-    return digest.hexdigest()[:16]
-
-
-@functools.cache
-def _shared_digest() -> "hashlib._Hash":
-    digest = hashlib.sha256()
-    _update(digest, _SOURCES)
-    return digest
-
-
-def _update(digest: "hashlib._Hash", names: Iterable[str]) -> None:
-    for name in names:
-        path = _PACKAGE / name
-        for file in sorted(path.rglob("*.py")) if path.is_dir() else [path]:
-            # An absent file counts as an empty one: a smaller build has other digests, no crash.
-            text = _text(file) if file.is_file() else ""
-            digest.update(f"{file.relative_to(_PACKAGE).as_posix()}\0{text}\0".encode())
-
-
-def _text(path: Path) -> str:
-    return path.read_text(encoding="utf-8")  # universal newlines: "\r\n" is read as "\n"
