@@ -111,6 +111,13 @@ def test_a_budget_counts_for_itself_alone(digest):
     assert digest('"small": (1, 2)', '"small": (1, 3)', "full") == before["full"]
 
 
+def test_a_public_name_leads_to_the_part_that_defines_it(tmp_path):
+    file = tmp_path / "thing.py"
+    file.write_text("import gammabeta\n\ndef measure(arm):\n    return gammabeta.check(arm)\n")
+    parts = {place.split("/")[0] for place in _reach.reached(file)}
+    assert {"thing.py: measure", "_check", "layers", "ops"} <= parts
+
+
 def test_without_a_measure_the_whole_file_counts(tmp_path):
     (tmp_path / "thing.py").write_text("x = 1\n")
     before = _reach.code_digest(tmp_path / "thing.py")

@@ -16,6 +16,8 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
+import gammabeta
+
 _PACKAGE = Path(__file__).resolve().parents[1]
 _NAME = "gammabeta"
 _STUDIES = f"{_NAME}.studies"
@@ -102,7 +104,7 @@ def _library(folders: Iterable[Path]) -> Iterator[Path]:
 def _part(dotted: str, name: str | None) -> Path | None:
     """The folder or file of the library, outside the studies, that an import names."""
     if dotted == _NAME and name is not None:
-        dotted = f"{_NAME}.{name}"
+        dotted = f"{_NAME}.{gammabeta._NAMES.get(name, name)}"
     words = dotted.split(".")
     if words[0] != _NAME or len(words) < 2 or words[1] in ("studies", _STORED):
         return None
@@ -115,7 +117,7 @@ def _studies(dotted: str, beside: Path) -> Path | None:
     words = dotted.split(".")
     if words[:2] == _STUDIES.split("."):
         at = _PACKAGE.joinpath(*words[1:])
-    elif words[0] != _NAME:
+    elif not beside.is_relative_to(_PACKAGE):
         at = beside.parent.joinpath(*words)
     else:
         return None
@@ -167,28 +169,24 @@ class _Module(NamedTuple):
 def _resolved(
     dotted: str, name: str | None, attribute: str | None, beside: Path
 ) -> Iterator[tuple[Path, str] | Path]:
-    if name is None:  # import a.b.c
-        name = attribute
+    """What an imported name stands for, and through it an attribute of it."""
+    if name is None:  # import gammabeta, and then gammabeta.something
+        name, attribute = attribute, None
     part = _part(dotted, name)
+    module = _studies(f"{dotted}.{name}", beside)
+    file = _studies(dotted, beside)
     if part is not None:
         yield part
-        return
-    inner = _studies(f"{dotted}.{name}", beside) if name is not None else None
-    if inner is not None:  # a module: by its attribute, or all of it
-        names = [attribute] if attribute is not None else list(_module(inner).definitions)
-        yield from ((inner, each) for each in names)
-        if attribute is not None and attribute not in _module(inner).definitions:
-            again = _module(inner).imports.get(attribute)
-            if again is not None:
-                yield from _resolved(*again, None, inner)
-        return
-    file = _studies(dotted, beside)
-    if file is None or name is None:
-        return
-    yield file, name
-    again = _module(file).imports.get(name)
-    if name not in _module(file).definitions and again is not None:
-        yield from _resolved(*again, attribute, file)
+    elif module is not None:  # of a module one name, or all of it
+        own = _module(module)
+        for each in own.definitions if attribute is None else [attribute]:
+            yield module, each
+            if each in own.imports:
+                yield from _resolved(*own.imports[each], None, module)
+    elif file is not None and name is not None:
+        yield file, name
+        if name in _module(file).imports:  # handed on
+            yield from _resolved(*_module(file).imports[name], attribute, file)
 
 
 def _constant(node: ast.expr | None) -> object:
