@@ -737,6 +737,7 @@ COMMANDS = ["", "study", "study list", "study run", "study show", "study judge",
 COMMANDS += [
     "demo",
     "study accept",
+    "study verify",
     "study explain",
     "report",
     "data",

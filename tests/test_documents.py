@@ -68,7 +68,8 @@ def affordable(words: list[str]) -> bool:
     if words[:2] == ["study", "run"]:
         return "tiny" in words
     keeps = words[:2] == ["study", "accept"] or (words[:2] == ["study", "judge"] and "-o" in words)
-    return not keeps and words[0] != "--install-completion"
+    trains = words[:2] == ["study", "verify"]
+    return not keeps and not trains and words[0] != "--install-completion"
 
 
 def play(name: str, folder: Path) -> None:

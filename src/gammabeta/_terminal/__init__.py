@@ -3,7 +3,16 @@
 from gammabeta._terminal._card import explain
 from gammabeta._terminal._demo import demo, working
 from gammabeta._terminal._figures import published
-from gammabeta._terminal._running import Progress, ended, environment, estimate, kept, status
+from gammabeta._terminal._running import (
+    Progress,
+    ended,
+    environment,
+    estimate,
+    kept,
+    status,
+    verified,
+    verifying,
+)
 from gammabeta._terminal._shared import MARKS, duration, make_console, number
 from gammabeta._terminal._verdicts import (
     card,
@@ -34,5 +43,7 @@ __all__ = [
     "published",
     "status",
     "verdicts",
+    "verified",
+    "verifying",
     "working",
 ]

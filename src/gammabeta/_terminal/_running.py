@@ -7,7 +7,7 @@ import math
 import os
 import platform
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from typing import TYPE_CHECKING, Any
 
@@ -18,6 +18,7 @@ from gammabeta._terminal._shared import duration, make_console, make_table
 if TYPE_CHECKING:
     from gammabeta.studies._kept import Kept
     from gammabeta.studies._run import Estimate, Event, Result, Status
+    from gammabeta.studies._verify import Checked
 
 
 def environment() -> dict[str, Any]:
@@ -105,6 +106,50 @@ def status(found: Sequence[Status]) -> None:
     for shown, text in hints:
         if shown:
             console.print(f"  {text}")
+
+
+def verifying(begun: Iterable[Checked]) -> Iterator[Checked]:
+    """Tell on a terminal's stderr how far it is; the cells as they come."""
+    told = make_console(stderr=True)
+    for count, one in enumerate(begun, 1):
+        if told.is_terminal:
+            told.print(f"{count}: {one.experiment} {one.name} {one.outcome}", highlight=False)
+        yield one
+
+
+_OUTCOMES = {
+    "same": "the same rows, bit by bit",
+    "close": "rows within 1e-4: another processor rounds otherwise",
+    "varies": "other rows each time: it measures time",
+    "other": "OTHER rows than those that are stored",
+}
+
+
+def verified(found: Sequence[Checked]) -> None:
+    """What measuring cells again gave, by experiment, and each cell that differs."""
+    console = make_console()
+    right = {"justify": "right", "no_wrap": True}
+    table = make_table(("experiment", {}), *((name, right) for name in ("cells", *_OUTCOMES)))
+    for name in sorted({one.experiment for one in found}):
+        own = [one.outcome for one in found if one.experiment == name]
+        counts = (sum(outcome == word for outcome in own) for word in _OUTCOMES)
+        table.add_row(name, f"{len(own)}", *(f"{count or ''}" for count in counts))
+    console.print(table)
+    console.print()
+    for one in found:
+        if one.outcome == "other":
+            far = (
+                f"differ by {one.difference:.1e}" if math.isfinite(one.difference) else "are others"
+            )
+            by = "" if one.present else "; the stored ones were made by other code"
+            arm = ", ".join(f"{key} {value}" for key, value in one.arm.items())
+            console.print(f"{one.experiment} {one.name}: rows {far}{by}. {arm}, seed {one.seed}.")
+    said = [
+        f"{n} gave {words}"
+        for outcome, words in _OUTCOMES.items()
+        if (n := sum(one.outcome == outcome for one in found))
+    ]
+    console.print(f"{len(found)} cells were measured again: {'; '.join(said)}.")
 
 
 def kept(found: Sequence[Kept]) -> None:

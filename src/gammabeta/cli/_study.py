@@ -360,6 +360,58 @@ def status(
 
 @study.command(
     help_epilogue=examples(
+        "study verify results      # 20 kept cells, drawn at random",
+        "study verify results act-all --cells 5",
+        "study verify runs/small --seconds 600 --draw 7",
+    )
+)
+def verify(
+    what: Words = None,
+    /,
+    *,
+    cells: Annotated[int, Parameter(validator=validators.Number(gte=1))] = 20,
+    seconds: Annotated[float, Parameter(validator=validators.Number(gt=0))] = 60.0,
+    draw: int = 0,
+    data_dir: Annotated[Path | None, Parameter(name="--data-dir")] = None,
+    json: Json = False,
+) -> int:
+    """Measure stored cells again, drawn at random, and compare the rows; nothing is changed.
+
+    Exits with 1 if a cell gives other rows than those that are stored.
+
+    Parameters
+    ----------
+    what
+        Run folders or kept rows (the newest one below runs/ unless given), claims or experiments.
+    cells
+        How many cells at most; the experiments take turns.
+    seconds
+        After these no other cell is begun.
+    draw
+        Another number draws other cells.
+    data_dir
+        A folder that holds mnist/; GAMMABETA_DATA unless given.
+    """
+    from gammabeta import _terminal
+
+    with usable():
+        from gammabeta.studies import _verify
+
+        paths, asked = sorted_out(what or [])
+        ids = list(dict.fromkeys(c.experiment for c in asked if c.experiment)) if asked else None
+        begun = _verify.verify(
+            run_folders(paths), ids, cells=cells, seconds=seconds, draw=draw, data_dir=data_dir
+        )
+        found = list(begun) if json else list(_terminal.verifying(begun))
+    if json:
+        dump([one.to_json() for one in found])
+    else:
+        _terminal.verified(found)
+    return FAILED if any(one.outcome == "other" for one in found) else FINE
+
+
+@study.command(
+    help_epilogue=examples(
         "study accept runs/small   # into results/",
         "study accept runs/a runs/b --only activations --budget small",
     )
