@@ -3,6 +3,7 @@
 The scripts lie in tests/independent and know nothing of gammabeta. Those that need no images are
 compared with rows measured on the spot; all of them with the verdicts of the kept rows, where there
 are some and MNIST is at hand: overlapping intervals, and the same direction where both tell one.
+GAMMABETA_SLOW=1 asks for the scripts that train as well, and for every draw of the others.
 """
 
 import ast
@@ -21,7 +22,11 @@ from gammabeta.studies._data import VARIABLE, load
 from gammabeta.studies._verdict import interval
 
 HERE = Path(__file__).parent
-SCRIPTS = sorted(path.stem for path in (HERE / "independent").glob("*.py") if path.stem != "plain")
+SHARED = ["networks", "plain"]
+SCRIPTS = sorted(
+    path.stem for path in (HERE / "independent").glob("*.py") if path.stem not in SHARED
+)
+SLOW = bool(os.environ.get("GAMMABETA_SLOW"))
 RESULTS = HERE.parent / "results"
 # claim -> how its experiment names the script's cells, where it does otherwise
 NAMES = {
@@ -37,13 +42,16 @@ def source(script):
     return (HERE / "independent" / f"{script}.py").read_text()
 
 
-NEED_IMAGES = [script for script in SCRIPTS if "mnist(" in source(script)]
+NEED_IMAGES = [
+    script for script in SCRIPTS if "mnist(" in source(script) or "images()" in source(script)
+]
 OWN_DATA = [script for script in SCRIPTS if script not in NEED_IMAGES]
 
 
 @functools.cache  # two tests ask for it
-def told(script, *arguments):
+def told(script):
     """What a script prints, by claim and cell."""
+    arguments = [os.environ[VARIABLE]] if script in NEED_IMAGES else [] if SLOW else ["quick"]
     done = subprocess.run(
         [sys.executable, str(HERE / "independent" / f"{script}.py"), *arguments],
         capture_output=True,
@@ -69,7 +77,7 @@ def disagreement(one, mean, lo, hi):
 
 
 def test_ten_claims_and_more_are_checked_by_scripts_that_do_not_know_the_package():
-    tree = {script: ast.parse(source(script)) for script in [*SCRIPTS, "plain"]}
+    tree = {script: ast.parse(source(script)) for script in [*SCRIPTS, *SHARED]}
     for script, parsed in tree.items():
         names = [
             name
@@ -106,7 +114,7 @@ def test_a_disagreement_is_seen():
 @pytest.mark.parametrize("script", OWN_DATA)
 def test_rows_measured_now_agree_with_a_plain_script(script):
     """Those claims whose networks see Gaussian data only."""
-    if script == "mf_explosion" and not os.environ.get("GAMMABETA_SLOW"):
+    if script == "mf_explosion" and not SLOW:
         pytest.skip("takes long: set GAMMABETA_SLOW=1; its kept rows are compared below")
     digits = load("digits")
     found = told(script)
@@ -123,14 +131,18 @@ def test_rows_measured_now_agree_with_a_plain_script(script):
         assert disagreement(one, i.mean, i.lo, i.hi) == ""
 
 
+@functools.cache  # an experiment is judged as a whole
+def judged(experiment):
+    return _judge.judge([RESULTS], [experiment]).verdicts
+
+
 def kept_cells(claim):
     """Cells of a claim's verdict from the kept rows."""
     experiment = _claims.claims()[claim].experiment
     assert experiment is not None
     if not (RESULTS / f"{experiment}.jsonl.gz").exists():
         pytest.skip(f"no rows of {experiment} are kept in results/ yet")
-    judged = _judge.judge([RESULTS], [experiment])
-    (verdict,) = [v for v in judged.verdicts if v.claim == claim]
+    (verdict,) = [v for v in judged(experiment) if v.claim == claim]
     return verdict.cells
 
 
@@ -152,10 +164,9 @@ def cell_of(one, cells):
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_the_verdicts_agree_with_a_plain_script(script):
     """Kept rows on MNIST; on other data their cells are of another network."""
-    folder = os.environ.get(VARIABLE)
-    if script in NEED_IMAGES and not folder:
+    if script in NEED_IMAGES and not os.environ.get(VARIABLE):
         pytest.skip(f"needs MNIST: set {VARIABLE}")
-    if script in NEED_IMAGES and not os.environ.get("GAMMABETA_SLOW"):
+    if script in NEED_IMAGES and not SLOW:
         pytest.skip("trains for a minute: set GAMMABETA_SLOW=1")
     tree = ast.parse(source(script))
     first = next(
@@ -164,6 +175,6 @@ def test_the_verdicts_agree_with_a_plain_script(script):
         if isinstance(node, ast.Call) and getattr(node.func, "id", "") == "tell"
     )
     kept_cells(first)  # skips before anything is trained
-    for one in told(script, *([folder] if script in NEED_IMAGES else [])):
+    for one in told(script):
         cell = cell_of(one, kept_cells(one["claim"]))
         assert disagreement(one, cell["effect"], cell["lo"], cell["hi"]) == ""
