@@ -10,6 +10,7 @@ import pytest
 import gammabeta
 from gammabeta import _runs
 from gammabeta.report import _content, page
+from gammabeta.studies._experiments import VARIATIONS
 from tests.test_report import (
     HOSTILE,
     claim,
@@ -174,6 +175,19 @@ def test_surprises_lead_to_their_claims_and_stay_short(tmp_path):
     assert entry["sentence"] not in box
     assert "<li>unknown: as it stands.</li>" in box
     assert len(re.findall("<li>", box)) == 2
+
+
+def test_a_variation_is_repeated_by_its_own_option(tmp_path):
+    assert _content.VARIANTS == VARIATIONS
+    run = tmp_path / "run"
+    write_registry(run, registry()[:1])
+    for seed, budget in enumerate(("small", "brief", *VARIATIONS)):
+        cell = spec({"norm": "bn"}, seed) | {"budget": budget}
+        _runs.write_cell(run, cell, [{"step": 1, "accuracy": 0.5}], "")
+    html = text_of([run], tmp_path / "report.html")
+    commands = re.findall(r"gammabeta study run activations --(\w+) ([\w-]+) --data mnist", html)
+    assert {name for option, name in commands if option == "variant"} == set(VARIATIONS)
+    assert {name for option, name in commands if option == "budget"} == {"small", "brief"}
 
 
 # --- two runs beside each other ---------------------------------------------------------------

@@ -36,6 +36,8 @@ _MANY_PARTS = 24  # of one verdict: more are folded away
 _DECIDING = ("fair", "level", "control", "as rightly stated", "as worded")
 _MOST_SURPRISES = 3
 FIRST_SCREEN = 12  # rows: what a reader takes in at one glance
+# Kinds of runs that `study run` takes by another option than --budget.
+VARIANTS = ("fresh-seeds", "width-half", "width-double", "images-small")
 PLACES = {"mnist": "MNIST", "digits": "the bundled digits"}
 
 # Where a source goes on to say in which of its parts a claim stands.
@@ -481,7 +483,8 @@ def _reproduce(name: str, specs: list[dict[str, Any]]) -> list[str]:
     """The commands that make these cells again, one for each budget and data set."""
     made = Counter((spec["budget"], spec["data"]["name"]) for spec in specs)
     return [
-        f"gammabeta study run {name} --budget {budget} --data {data} --out runs/{name}"
+        f"gammabeta study run {name} --{'variant' if budget in VARIANTS else 'budget'} {budget} "
+        f"--data {data} --out runs/{name}"
         for budget, data in made
     ]
 
