@@ -5,7 +5,7 @@ the fields part ("tuning", "fair" or "pilot"), group, arm and rate.
 """
 
 import dataclasses
-from collections.abc import Callable, Container, Iterable, Mapping, Sequence
+from collections.abc import Callable, Container, Mapping, Sequence
 from typing import Any, NamedTuple, Protocol
 
 from gammabeta._runs import Row
@@ -51,26 +51,107 @@ class Wish(NamedTuple):
 
 
 class Budget(Protocol):
-    """What the search and the number of seeds take from an experiment's plan."""
+    """What the search takes from an experiment's plan; rates may be by group."""
 
     @property
-    def rates(self) -> tuple[float, ...]: ...
-    @property
-    def seeds(self) -> int: ...
+    def rates(self) -> tuple[float, ...] | Mapping[str, tuple[float, ...]]: ...
     @property
     def decides(self) -> bool: ...
 
 
-def search(
-    runs: Runs, groups: Groups, rates: Sequence[float], *, grow: bool, floor: float = 0.0
+class Tuned(NamedTuple):
+    """Rows of one budget and data set, and what their search over learning rates says."""
+
+    rows: Sequence[Row]
+    groups: Groups
+    plan: Budget
+    runs: Runs  # by ``KEYS``
+    tunings: Mapping[str, Tuning]
+    best: Best  # of the groups whose search is settled
+
+    def setting(
+        self,
+        experiment: str,
+        network: str,
+        condition: str = "each network at its best learning rate",
+        unit: str = "points of accuracy",
+    ) -> Setting:
+        """Where and how it was measured."""
+        budget, data = str(self.rows[0]["budget"]), str(self.rows[0]["data"])
+        return Setting(experiment, budget, data, network, condition, unit, self.plan.decides)
+
+    def notes(self, *groups: str) -> list[str]:
+        """What a reader must know of the search and of diverged runs, of all groups or of some."""
+        tunings = {group: self.tunings[group] for group in groups or self.groups}
+        runs = {key: by for key, by in self.runs.items() if not groups or key[1] in groups}
+        budget = str(self.rows[0]["budget"])
+        return tuning_notes(tunings, budget, decides=self.plan.decides) + diverged_note(runs)
+
+    def ended(self, part: str, group: str, arm: str) -> dict[int, Run]:
+        """Runs of an arm at its best rate, by seed; none before the search is settled."""
+        if group not in self.best:
+            return {}
+        return self.runs.get((part, group, arm, self.best[group][arm]), {})
+
+    def minus(self, part: str, group: str, first: str, second: str) -> dict[int, float]:
+        """Final accuracy of an arm minus that of another of its group, in points, by seed."""
+        return gains(self.ended(part, group, first), self.ended(part, group, second))
+
+
+def settle(
+    rows: Sequence[Row],
+    groups: Groups,
+    plan: Budget,
+    *,
+    runs: Runs | None = None,
+    floor: float = 0.0,
+) -> Tuned:
+    """The state of each group's search.
+
+    Args:
+        runs: by ``KEYS``, where not all rows are runs, or another number stands for the accuracy.
+        floor: as ``tune`` has it.
+    """
+    runs = collect(rows, KEYS) if runs is None else runs
+    tunings = _searched(runs, groups, plan.rates, grow=plan.decides, floor=floor)
+    best = {group: tuning.best for group, tuning in tunings.items() if tuning.best is not None}
+    return Tuned(rows, groups, plan, runs, tunings, best)
+
+
+def guess(
+    groups: Groups,
+    plan: Budget,
+    more: Sequence[float] | Mapping[str, Sequence[float]] = (),
+    rate: float | None = None,
+) -> Tuned:
+    """About how the search ends: grids that grew by ``more``, and one rate for all, the first."""
+    grids = {g: (*_by(plan.rates, g), *(_by(more, g) if plan.decides else ())) for g in groups}
+    best = {
+        group: dict.fromkeys(arms, grids[group][0] if rate is None else rate)
+        for group, arms in groups.items()
+    }
+    return Tuned([], groups, plan, {}, _searched({}, groups, grids, grow=False), best)
+
+
+def _searched(
+    runs: Runs, groups: Groups, rates: Any, *, grow: bool, floor: float = 0.0
 ) -> dict[str, Tuning]:
-    """The state of each group's search, from runs by ``KEYS``; ``floor`` as ``tune`` has it."""
     return {
         group: tune(
-            trials(runs, group), rates, TUNING_SEEDS, grow=grow, arms=tuple(arms), floor=floor
+            trials(runs, group),
+            _by(rates, group),
+            TUNING_SEEDS,
+            grow=grow,
+            arms=tuple(arms),
+            floor=floor,
         )
         for group, arms in groups.items()
     }
+
+
+def _by(value: Any, group: str) -> Any:
+    """What a group has of a value by group, or of one for all."""
+    return value[group] if isinstance(value, Mapping) else value
 
 
 def trials(runs: Runs, group: str) -> dict[tuple[str, float], dict[int, Run]]:
@@ -80,11 +161,6 @@ def trials(runs: Runs, group: str) -> dict[tuple[str, float], dict[int, Run]]:
         for (part, name, arm, rate), by_seed in runs.items()
         if (part, name) == ("tuning", group) and isinstance(rate, int | float)
     }
-
-
-def chosen(tunings: Mapping[str, Tuning]) -> dict[str, dict[str, float]]:
-    """Best rates of the groups whose search is settled."""
-    return {group: tuning.best for group, tuning in tunings.items() if tuning.best is not None}
 
 
 def wishes(
@@ -123,52 +199,62 @@ def wishes(
     return wanted
 
 
+def own(rows: Sequence[Row], budget: str, data: str) -> list[Row]:
+    """The rows of a budget and data set."""
+    return [row for row in rows if (row["budget"], row["data"]) == (budget, data)]
+
+
 def every(groups: Groups, best: Best) -> list[Trained]:
     """All arms of all groups, each at its best rate."""
     return [Trained(g, arm, best[g][arm]) for g, arms in groups.items() for arm in arms]
 
 
 def needed(
-    rows: Sequence[Row],
-    groups: Groups,
-    plan: Budget,
+    tuned: Tuned,
+    least: int,
     seeds: int | None,
-    asked: Callable[[Best], Iterable[int | None]],
+    asked: Sequence[int | None],
+    main: Callable[[Best], Sequence[Trained]] | None = None,
 ) -> list[Wish]:
-    """The cells of an experiment that compares all its arms, given the rows of its budget so far.
+    """The cells of an experiment whose main runs wait until all searches are settled.
 
-    ``asked``: for each claim the seeds that its pilot asks for, None before it is complete.
+    Args:
+        least, seeds: as ``wishes`` has them.
+        asked: for each claim the seeds that its pilot asks for, None before it is complete.
+        main: what is compared, where it is not every arm.
     """
-    tunings = search(collect(rows, KEYS), groups, plan.rates, grow=plan.decides)
-    best = chosen(tunings)
-    settled = len(best) == len(groups)
-    counts = list(asked(best)) if settled else []
-    known = [count for count in counts if count is not None]
+    known = [count for count in asked if count is not None]
+    compared = None
+    if len(tuned.best) == len(tuned.groups):
+        compared = main(tuned.best) if main else every(tuned.groups, tuned.best)
     return wishes(
-        groups,
-        tunings,
-        every(groups, best) if settled else None,
-        least=plan.seeds,
+        tuned.groups,
+        tuned.tunings,
+        compared,
+        least=least,
         seeds=seeds,
-        pilot=plan.decides,
-        planned=max(known) if known and len(known) == len(counts) else None,
+        pilot=tuned.plan.decides,
+        planned=max(known) if known and len(known) == len(asked) else None,
     )
 
 
-def guessed(
-    groups: Groups, plan: Budget, seeds: int | None, count: int, more: Sequence[float] = ()
+def needed_in(
+    group: str,
+    tuned: Tuned,
+    least: int,
+    seeds: int | None,
+    main: Sequence[Trained] | None,
+    planned: int | None,
 ) -> list[Wish]:
-    """About what `needed` will have asked for: ``more`` rates, ``count`` seeds by the pilot."""
-    rates = (*plan.rates, *more) if plan.decides else plan.rates
-    guess = {group: dict.fromkeys(arms, plan.rates[0]) for group, arms in groups.items()}
+    """The cells of a group that does not wait for the others; arguments as ``wishes`` has them."""
     return wishes(
-        groups,
-        search({}, groups, rates, grow=False),
-        every(groups, guess),
-        least=plan.seeds,
+        {group: tuned.groups[group]},
+        {group: tuned.tunings[group]},
+        main,
+        least=least,
         seeds=seeds,
-        pilot=plan.decides,
-        planned=count,
+        pilot=tuned.plan.decides,
+        planned=planned,
     )
 
 
@@ -212,11 +298,14 @@ def fair_verdict(
     words: Words,
     outcome: Outcome,
     *,
-    pilot: Mapping[str, Sequence[float]],
+    pilot: Mapping[str, Mapping[int, float]],
     planned: int | None,
     notes: Sequence[str],
 ) -> Verdict:
-    """The verdict of a claim whose source has no setting that could be run again here."""
+    """The verdict of a claim whose source has no setting that could be run again here.
+
+    ``pilot``: its contrasts by name and seed.
+    """
     found = answer(
         claim,
         setting,
@@ -224,7 +313,7 @@ def fair_verdict(
         outcome,
         {},
         delta=claims()[claim].thresholds["delta"],
-        pilot=pilot,
+        pilot={name: list(by_seed.values()) for name, by_seed in pilot.items()},
         planned=planned,
         notes=notes,
     )
@@ -240,36 +329,53 @@ def shown(name: str, values: Sequence[float], part: str = "shown") -> list[dict[
     return [{"name": name, "part": part, **both, "status": "inconclusive", "reason": "shown"}]
 
 
+BAND = "Mean over seeds; the band is its 95 % interval."
+
+
+def place(rows: Sequence[Row]) -> str:
+    """The data set in words."""
+    return PLACES.get(str(rows[0]["data"]), str(rows[0]["data"]))
+
+
+def figure(
+    experiment: str,
+    key: str,
+    title: str,
+    caption: str,
+    panels: Sequence[dict[str, Any]],
+    x: str = "training step",
+) -> list[dict[str, Any]]:
+    """A figure of accuracies, as ``curves`` draws it; none without panels."""
+    return [curves(experiment, key, title, caption, x, panels)] if panels else []
+
+
 def tuning_figure(
-    experiment: str, key: str, rows: Sequence[Row], runs: Runs, groups: Groups, what: str
+    experiment: str, tuned: Tuned, what: str, groups: Groups | None = None
 ) -> list[dict[str, Any]]:
     """How the rates were chosen: validation accuracy over learning rates, a panel for each arm."""
-    where = PLACES.get(str(rows[0]["data"]), str(rows[0]["data"]))
+    groups = tuned.groups if groups is None else groups
     panels = []
     for group in groups:
-        tried = trials(runs, group)
+        tried = trials(tuned.runs, group)
         for arm in groups[group]:
             series = rates_curve({("bn", r): by for (a, r), by in tried.items() if a == arm}, "bn",
                                  TUNING_SEEDS)  # fmt: skip
             if series["x"]:
                 title = f"{group}: {arm}" if len(groups) > 1 else arm
                 panels.append({"title": title, "series": [{**series, "name": arm}]})
-    drawn = curves(
+    return figure(
         experiment,
-        key,
-        f"Validation accuracy on {where} over learning rates, {what}",
+        "tuning",
+        f"Validation accuracy on {place(tuned.rows)} over learning rates, {what}",
         "How each arm's learning rate was chosen. Mean and range over two seeds.",
-        "learning rate",
         panels,
+        "learning rate",
     )
-    return [drawn] if panels else []
 
 
 def trained_figures(
     experiment: str,
-    rows: Sequence[Row],
-    groups: Groups,
-    plan: Budget,
+    tuned: Tuned,
     title: str,
     caption: str,
     what: str,
@@ -285,24 +391,16 @@ def trained_figures(
         plain: arms that are drawn as those without batch normalization.
         panel: the title of one panel for all groups, in place of one each.
     """
-    runs = collect(rows, KEYS)
-    best = chosen(search(runs, groups, plan.rates, grow=plan.decides))
     by_panel: dict[str, list[dict[str, Any]]] = {}
-    for group, rates in best.items():
-        for arm, rate in rates.items():
-            if ended := runs.get(("fair", group, arm, rate), {}):
+    for group, rates in tuned.best.items():
+        for arm in rates:
+            if ended := tuned.ended("fair", group, arm):
                 style = "none" if arm in plain else "bn"
                 series = by_panel.setdefault(panel or group, [])
                 series.append({**curve(ended, style), "name": arm})
     panels = [{"title": name, "series": series} for name, series in by_panel.items()]
-    where = PLACES.get(str(rows[0]["data"]), str(rows[0]["data"]))
-    drawn = curves(
-        experiment,
-        "accuracy",
-        title.format(where=where),
-        f"{caption} Mean over seeds; the band is its 95 % interval.",
-        "training step",
-        panels,
-    )
-    tuned = tuning_figure(experiment, "tuning", rows, runs, groups, what)
-    return [*([drawn] if panels else []), *tuned]
+    where = place(tuned.rows)
+    return [
+        *figure(experiment, "accuracy", title.format(where=where), f"{caption} {BAND}", panels),
+        *tuning_figure(experiment, tuned, what),
+    ]

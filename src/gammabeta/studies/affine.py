@@ -73,32 +73,33 @@ from torch import Tensor, nn
 
 from gammabeta._runs import Row, Scalar
 from gammabeta.layers.batch_norm import BatchNorm1d
-from gammabeta.studies._answer import PLACES, Setting, Words
+from gammabeta.studies._answer import Setting, Words
 from gammabeta.studies._claims import claims
 from gammabeta.studies._data import Images
 from gammabeta.studies._experiments import Cell
 from gammabeta.studies._joint import Part, joint
 from gammabeta.studies._nets import MLP, Norm
 from gammabeta.studies._outcomes import asked_for, beside, by_weakest
-from gammabeta.studies._pairs import Runs, Tuning, collect, curve, curves
+from gammabeta.studies._pairs import curve
 from gammabeta.studies._train import accuracy, fair_split, log_steps, pixels, stream, train
 from gammabeta.studies._tuned import (
+    BAND,
     EQUIVALENCE_SEEDS,
     KEYS,
     MOST_SEEDS,
-    Best,
     Trained,
+    Tuned,
     Wish,
-    chosen,
     complete,
-    diverged_note,
     fair_verdict,
-    minus,
-    search,
+    figure,
+    guess,
+    needed_in,
+    own,
+    place,
+    settle,
     shown,
     tuning_figure,
-    tuning_notes,
-    wishes,
 )
 from gammabeta.studies._verdict import (
     Outcome,
@@ -144,53 +145,25 @@ PLANS = {
 def cells(budget: str, data: str, seeds: int | None, rows: list[Row]) -> list[Cell]:
     """Of each network: tuning until the grid is settled; all arms; pilot; more seeds."""
     plan = PLANS[budget]
-    runs = collect([r for r in rows if (r["budget"], r["data"]) == (budget, data)], KEYS)
-    tunings = _search(runs, plan)
-    best = chosen(tunings)
-    return _wanted(plan, tunings, best, seeds, _planned(runs, best))
+    tuned = settle(own(rows, budget, data), GROUPS, plan)
+    return _wanted(plan, tuned, seeds, _planned(tuned))
 
 
 def expected(budget: str, data: str, seeds: int | None) -> list[Cell]:
     """About what a whole run asks for: grids grow somewhat, and half as many seeds more."""
     plan = PLANS[budget]
-    grown = {"sigmoid": (0.3, 30.0), "relu": (3.0,)} if plan.decides else dict.fromkeys(GROUPS, ())
-    more = {group: (*rates, *grown[group]) for group, rates in plan.rates.items()}
-    tunings = {
-        group: search({}, {group: arms}, more[group], grow=False)[group]
-        for group, arms in GROUPS.items()
-    }
-    guess = {group: dict.fromkeys(arms, 1.0) for group, arms in GROUPS.items()}
-    return _wanted(plan, tunings, guess, seeds, plan.seeds * 3 // 2)
+    tuned = guess(GROUPS, plan, {"sigmoid": (0.3, 30.0), "relu": (3.0,)}, 1.0)
+    return _wanted(plan, tuned, seeds, plan.seeds * 3 // 2)
 
 
-def _search(runs: Runs, plan: Plan) -> dict[str, Tuning]:
-    return {
-        group: search(runs, {group: arms}, plan.rates[group], grow=plan.decides)[group]
-        for group, arms in GROUPS.items()
-    }
-
-
-def _wanted(
-    plan: Plan,
-    tunings: Mapping[str, Tuning],
-    best: Best,
-    seeds: int | None,
-    planned: int | None,
-) -> list[Cell]:
+def _wanted(plan: Plan, tuned: Tuned, seeds: int | None, planned: int | None) -> list[Cell]:
     wanted: list[Wish] = []
     count = plan.seeds if seeds is None else seeds
-    for group, arms in GROUPS.items():
-        own = [Trained(group, arm, rate) for arm, rate in best.get(group, {}).items()]
-        wanted += wishes(
-            {group: arms},
-            {group: tunings[group]},
-            [what for what in own if what.arm in JUDGED] or None,
-            least=plan.seeds,
-            seeds=seeds,
-            pilot=plan.decides,
-            planned=planned,
-        )
-        others = [what for what in own if what.arm not in JUDGED]
+    for group in GROUPS:
+        every = [Trained(group, arm, rate) for arm, rate in tuned.best.get(group, {}).items()]
+        judged = [what for what in every if what.arm in JUDGED]
+        wanted += needed_in(group, tuned, plan.seeds, seeds, judged or None, planned)
+        others = [what for what in every if what.arm not in JUDGED]
         wanted += [Wish(1, seed, "fair", what) for seed in range(count) for what in others]
     return [_cell(plan, *wish) for wish in wanted]
 
@@ -209,27 +182,16 @@ def _stops(plan: Plan, part: str) -> list[int]:
     return stops if part == "fair" else stops[-3:]
 
 
-def _difference(
-    runs: Runs, part: str, best: Best, group: str, pair: tuple[str, str]
-) -> dict[int, float]:
-    """Test accuracy, one arm minus another of the same network, by seed."""
-    rates = best.get(group)
-    if rates is None:
-        return {}
-    return minus(runs, part, *(Trained(group, arm, rates[arm]) for arm in pair))
+def _by_network(tuned: Tuned, part: str, pair: tuple[str, str]) -> dict[str, dict[int, float]]:
+    """Test accuracy, one arm minus another, by network and seed."""
+    return {NAMES[group]: tuned.minus(part, group, *pair) for group in GROUPS}
 
 
-def _pilot(runs: Runs, best: Best, claim: str) -> dict[str, dict[int, float]]:
-    """A claim's contrast in the pilot, by network."""
-    pair = FORM if claim == "layer-form" else NEEDED
-    return {NAMES[g]: _difference(runs, "pilot", best, g, pair) for g in GROUPS}
-
-
-def _planned(runs: Runs, best: Best) -> int | None:
+def _planned(tuned: Tuned) -> int | None:
     """Seeds that the pilot asks for, None before it is complete."""
     pilot, deltas = {}, {}
-    for claim in ("affine-needed", "layer-form"):
-        for name, by_seed in _pilot(runs, best, claim).items():
+    for claim, pair in (("affine-needed", NEEDED), ("layer-form", FORM)):
+        for name, by_seed in _by_network(tuned, "pilot", pair).items():
             pilot[f"{claim}, {name}"] = by_seed
             deltas[f"{claim}, {name}"] = claims()[claim].thresholds["delta"]
     return asked_for(pilot, deltas, EQUIVALENCE_SEEDS, MOST_SEEDS) if complete(pilot) else None
@@ -342,47 +304,31 @@ def judge(rows: list[Row]) -> list[Verdict]:
     """All claims, fair; what is missing makes them inconclusive."""
     if not rows:
         return []
-    budget, data = str(rows[0]["budget"]), str(rows[0]["data"])
-    plan, runs = PLANS[budget], collect(rows, KEYS)
-    tunings = _search(runs, plan)
-    best = chosen(tunings)
-    notes = tuning_notes(tunings, budget, decides=plan.decides) + diverged_note(runs)
-    setting = Setting(
-        "affine",
-        budget,
-        data,
-        "MLP 100-100",
-        "each network at its best learning rate",
-        "points of accuracy",
-        plan.decides,
-    )
+    tuned = settle(rows, GROUPS, PLANS[str(rows[0]["budget"])])
+    setting, notes = tuned.setting("affine", "MLP 100-100"), tuned.notes()
     return [
-        _range_verdict(rows, runs, best, setting, notes),
-        _needed_verdict(runs, best, setting, notes),
-        _form_verdict(runs, best, setting, notes),
+        _range_verdict(tuned, setting, notes),
+        _needed_verdict(tuned, setting, notes),
+        _form_verdict(tuned, setting, notes),
     ]
 
 
-def _looks(
-    rows: Sequence[Row], best: Best, arm: str, key: str, part: str = "fair"
-) -> dict[int, float]:
+def _looks(tuned: Tuned, arm: str, key: str, part: str = "fair") -> dict[int, float]:
     """One of the numbers at the end of a sigmoid network's training, by seed."""
-    of = (part, "sigmoid", arm, best.get("sigmoid", {}).get(arm))
+    of = (part, "sigmoid", arm, tuned.best.get("sigmoid", {}).get(arm))
     return {
         seed: value
-        for row in rows
+        for row in tuned.rows
         if tuple(row.get(name) for name in KEYS) == of
         and isinstance(value := row.get(key), float)
         and isinstance(seed := row["seed"], int)
     }
 
 
-def _range_verdict(
-    rows: Sequence[Row], runs: Runs, best: Best, setting: Setting, notes: Sequence[str]
-) -> Verdict:
+def _range_verdict(tuned: Tuned, setting: Setting, notes: Sequence[str]) -> Verdict:
     claim = "affine-range"
-    gamma = _looks(rows, best, "learned", "gamma")
-    gain = _difference(runs, "fair", best, "sigmoid", NEEDED)
+    gamma = _looks(tuned, "learned", "gamma")
+    gain = tuned.minus("fair", "sigmoid", *NEEDED)
     delta = claims()[claim].thresholds["delta"]
     parts = {
         _GROWTH: Part([gamma[s] - 1 for s in sorted(gamma)], "above", 0.0, level="leaves it"),
@@ -390,13 +336,11 @@ def _range_verdict(
     }
     more = []
     for key, name in (("beta", "standard deviation of β"), ("bending", "bending of the sigmoids")):
-        learned = _looks(rows, best, "learned", key)
-        fixed = _looks(rows, best, "fixed", key)
+        learned, fixed = (_looks(tuned, arm, key) for arm in NEEDED)
         more += shown(f"{name}, learned", list(learned.values()))
         if key == "bending":
             both = sorted(learned.keys() & fixed.keys())
             more += shown(f"{name}, learned − fixed", [learned[s] - fixed[s] for s in both])
-    growth = _looks(rows, best, "learned", "gamma", "pilot")
     verdict = fair_verdict(
         claim,
         setting._replace(
@@ -411,8 +355,8 @@ def _range_verdict(
             "seen; not {refuted}",
         ),
         joint(parts, EQUIVALENCE_SEEDS),
-        pilot={_GROWTH: list(growth.values())},
-        planned=_planned(runs, best),
+        pilot={_GROWTH: _looks(tuned, "learned", "gamma", "pilot")},
+        planned=_planned(tuned),
         notes=notes,
     )
     return beside(verdict, more)
@@ -450,16 +394,16 @@ def _of_both(found: Mapping[str, Outcome]) -> Outcome:
     )
 
 
-def _needed_verdict(runs: Runs, best: Best, setting: Setting, notes: Sequence[str]) -> Verdict:
+def _needed_verdict(tuned: Tuned, setting: Setting, notes: Sequence[str]) -> Verdict:
     claim = "affine-needed"
     delta = claims()[claim].thresholds["delta"]
     found = {
-        NAMES[group]: needed(list(_difference(runs, "fair", best, group, NEEDED).values()), delta)
-        for group in GROUPS
+        name: needed(list(by.values()), delta)
+        for name, by in _by_network(tuned, "fair", NEEDED).items()
     }
     more = []
     for arm, label in (("gamma", "γ alone"), ("beta", "β alone")):
-        alone = _difference(runs, "fair", best, "sigmoid", (arm, "fixed"))
+        alone = tuned.minus("fair", "sigmoid", arm, "fixed")
         more += shown(f"sigmoids, {label} − fixed", list(alone.values()))
     verdict = fair_verdict(
         claim,
@@ -471,24 +415,19 @@ def _needed_verdict(runs: Runs, best: Best, setting: Setting, notes: Sequence[st
             "without gamma and beta one network loses {delta} points, not the other: {refuted}",
         ),
         _of_both(found),
-        pilot={name: list(v.values()) for name, v in _pilot(runs, best, claim).items()},
-        planned=_planned(runs, best),
+        pilot=_by_network(tuned, "pilot", NEEDED),
+        planned=_planned(tuned),
         notes=notes,
     )
     return beside(verdict, more)
 
 
-def _form_verdict(runs: Runs, best: Best, setting: Setting, notes: Sequence[str]) -> Verdict:
+def _form_verdict(tuned: Tuned, setting: Setting, notes: Sequence[str]) -> Verdict:
     claim = "layer-form"
     delta = claims()[claim].thresholds["delta"]
     parts = {
-        NAMES[group]: Part(
-            list(_difference(runs, "fair", best, group, FORM).values()),
-            "superiority",
-            delta,
-            level=NAMES[group],
-        )
-        for group in GROUPS
+        name: Part(list(by.values()), "superiority", delta, level=name)
+        for name, by in _by_network(tuned, "fair", FORM).items()
     }
     return fair_verdict(
         claim,
@@ -503,8 +442,8 @@ def _form_verdict(runs: Runs, best: Best, setting: Setting, notes: Sequence[str]
             "activation in one network alone; not {refuted}",
         ),
         by_weakest(joint(parts, EQUIVALENCE_SEEDS)),
-        pilot={name: list(v.values()) for name, v in _pilot(runs, best, claim).items()},
-        planned=_planned(runs, best),
+        pilot=_by_network(tuned, "pilot", FORM),
+        planned=_planned(tuned),
         notes=notes,
     )
 
@@ -513,22 +452,16 @@ def figures(rows: list[Row]) -> list[dict[str, Any]]:
     """Test accuracy of all arms at the end of training, and how the rates were chosen."""
     if not rows:
         return []
-    plan, runs = PLANS[str(rows[0]["budget"])], collect(rows, KEYS)
-    where = PLACES.get(str(rows[0]["data"]), str(rows[0]["data"]))
-    panels = []
-    for group, rates in chosen(_search(runs, plan)).items():
-        for arm, rate in rates.items():
-            ended = runs.get(("fair", *Trained(group, arm, rate)), {})
-            if ended:
-                series = [{**curve(ended, "bn"), "name": arm}]
-                panels.append({"title": f"{NAMES[group]}: {arm}", "series": series})
-    drawn = curves(
-        "affine",
-        "fair",
-        f"Test accuracy on {where} with gamma and beta learned, fixed, and on the layer's input",
-        "Each network at its best learning rate. Mean over seeds; the band is its 95 % interval.",
-        "training step",
-        panels,
-    )
-    tuned = tuning_figure("affine", "tuning", rows, runs, GROUPS, "forms of batch normalization")
-    return [*([drawn] if panels else []), *tuned]
+    tuned = settle(rows, GROUPS, PLANS[str(rows[0]["budget"])])
+    panels = [
+        {"title": f"{NAMES[group]}: {arm}", "series": [{**curve(ended, "bn"), "name": arm}]}
+        for group, rates in tuned.best.items()
+        for arm in rates
+        if (ended := tuned.ended("fair", group, arm))
+    ]
+    how = "with gamma and beta learned, fixed, and on the layer's input"
+    title = f"Test accuracy on {place(rows)} {how}"
+    return [
+        *figure("affine", "fair", title, f"Each network at its best learning rate. {BAND}", panels),
+        *tuning_figure("affine", tuned, "forms of batch normalization"),
+    ]

@@ -41,7 +41,7 @@ below 0.01).
 """
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
 import torch
@@ -50,26 +50,22 @@ from torch.nn.functional import cross_entropy
 
 from gammabeta._runs import Row, Scalar
 from gammabeta.layers.batch_norm import BatchNorm1d
-from gammabeta.studies._answer import Setting, Words
+from gammabeta.studies._answer import Words
 from gammabeta.studies._asked import Asked, Parts, ends, less, planned, verdict
 from gammabeta.studies._claims import claims
 from gammabeta.studies._data import Images
 from gammabeta.studies._experiments import Cell
 from gammabeta.studies._nets import MLP
-from gammabeta.studies._pairs import collect
 from gammabeta.studies._train import accuracy, batches, fair_split, log_steps, pixels, stream
 from gammabeta.studies._tuned import (
-    KEYS,
     LEAST_SEEDS,
-    Best,
     Trained,
-    chosen,
-    diverged_note,
-    guessed,
+    Tuned,
+    guess,
     needed,
-    search,
+    own,
+    settle,
     trained_figures,
-    tuning_notes,
 )
 from gammabeta.studies._verdict import Verdict
 
@@ -104,19 +100,15 @@ PLANS = {
 def cells(budget: str, data: str, seeds: int | None, rows: list[Row]) -> list[Cell]:
     """Tuning until every grid is settled; then the main runs; pilot; more seeds."""
     plan = PLANS[budget]
-    rows = [r for r in rows if (r["budget"], r["data"]) == (budget, data)]
-
-    def asked(best: Best) -> list[int | None]:
-        return [planned(_asked(rows, "pilot", best), LEAST_SEEDS)]
-
-    wanted = needed(rows, GROUPS, plan, seeds, asked)
+    tuned = settle(own(rows, budget, data), GROUPS, plan)
+    wanted = needed(tuned, plan.seeds, seeds, [planned(_asked(tuned, "pilot"), LEAST_SEEDS)])
     return [_cell(plan, *wish) for wish in wanted if not _spare(*wish)]
 
 
 def expected(budget: str, data: str, seeds: int | None) -> list[Cell]:
     """About what a whole run asks for: grids grow twice, the pilot asks for half as many more."""
     plan = PLANS[budget]
-    wanted = guessed(GROUPS, plan, seeds, LEAST_SEEDS * 3 // 2, (30.0, 100.0))
+    wanted = needed(guess(GROUPS, plan, (30.0, 100.0)), plan.seeds, seeds, [LEAST_SEEDS * 3 // 2])
     return [_cell(plan, *wish) for wish in wanted if not _spare(*wish)]
 
 
@@ -198,17 +190,17 @@ def measure(arm: Mapping[str, Scalar], seed: int, budget: str, data: Images) -> 
 
 
 def _shares(
-    rows: Sequence[Row], part: str, best: Best, group: str, arm: str, column: str = "accuracy"
+    tuned: Tuned, part: str, group: str, arm: str, column: str = "accuracy"
 ) -> dict[int, float]:
-    rate = best.get(group, {}).get(arm, math.nan)
-    return ends(rows, column, {"part": part, "group": group, "arm": arm, "rate": rate})
+    rate = tuned.best.get(group, {}).get(arm, math.nan)
+    return ends(tuned.rows, column, {"part": part, "group": group, "arm": arm, "rate": rate})
 
 
-def _asked(rows: Sequence[Row], part: str, best: Best) -> Parts:
+def _asked(tuned: Tuned, part: str) -> Parts:
     """The parts of the claim, from the fair or the pilot's rows."""
     delta, found = claims()["bn-only"].thresholds["delta"], {}
     for group in GROUPS:
-        affine, random = (_shares(rows, part, best, group, arm) for arm in (AFFINE, RANDOM))
+        affine, random = (_shares(tuned, part, group, arm) for arm in (AFFINE, RANDOM))
         gain = less(affine, random, 100)
         found[f"{AFFINE} − {RANDOM}, {group}"] = Asked(gain, "above", delta, delta)
     return found
@@ -218,29 +210,16 @@ def judge(rows: list[Row]) -> list[Verdict]:
     """One claim; what is missing makes it inconclusive."""
     if not rows:
         return []
-    budget, data = str(rows[0]["budget"]), str(rows[0]["data"])
-    plan, runs = PLANS[budget], collect(rows, KEYS)
-    tunings = search(runs, GROUPS, plan.rates, grow=plan.decides)
-    best = chosen(tunings)
-    notes = tuning_notes(tunings, budget, decides=plan.decides) + diverged_note(runs)
+    tuned = settle(rows, GROUPS, PLANS[str(rows[0]["budget"])])
     beside = {}
     for group, arms in GROUPS.items():
         for arm in arms:
-            share = _shares(rows, "fair", best, group, arm)
+            share = _shares(tuned, "fair", group, arm)
             beside[f"accuracy, {arm}, {group}"] = {s: 100 * v for s, v in share.items()}
-        small = _shares(rows, "fair", best, group, AFFINE, "small")
+        small = _shares(tuned, "fair", group, AFFINE, "small")
         beside[f"share of |gamma| < {SMALL:g} (%), {group}"] = {
             s: 100 * v for s, v in small.items()
         }
-    setting = Setting(
-        "affine-only",
-        budget,
-        data,
-        "MLP 100-100 and [100]*5",
-        "each arm at its best learning rate",
-        "points of accuracy",
-        plan.decides,
-    )
     words = Words(
         "training gamma and beta alone gains more than {delta} point over as many random weights: "
         "{weakest}",
@@ -251,12 +230,14 @@ def judge(rows: list[Row]) -> list[Verdict]:
     return [
         verdict(
             "bn-only",
-            setting,
+            tuned.setting(
+                "affine-only", "MLP 100-100 and [100]*5", "each arm at its best learning rate"
+            ),
             words,
-            _asked(rows, "fair", best),
-            _asked(rows, "pilot", best),
+            _asked(tuned, "fair"),
+            _asked(tuned, "pilot"),
             least=LEAST_SEEDS,
-            notes=notes,
+            notes=tuned.notes(),
             beside=beside,
         )
     ]
@@ -268,9 +249,7 @@ def figures(rows: list[Row]) -> list[dict[str, Any]]:
         return []
     return trained_figures(
         "affine-only",
-        rows,
-        GROUPS,
-        PLANS[str(rows[0]["budget"])],
+        settle(rows, GROUPS, PLANS[str(rows[0]["budget"])]),
         "Test accuracy on {where} where only some numbers of a random network are trained",
         "Each arm at its best learning rate.",
         "by what is trained",

@@ -80,14 +80,14 @@ from torch.nn.functional import cross_entropy
 from gammabeta._runs import Row, Scalar
 from gammabeta.layers.batch_norm import BatchNorm1d
 from gammabeta.layers.ghost import GhostBatchNorm1d
-from gammabeta.studies._answer import PLACES, Setting, Words
+from gammabeta.studies._answer import Words
 from gammabeta.studies._claims import claims
 from gammabeta.studies._data import Images
 from gammabeta.studies._experiments import Cell
 from gammabeta.studies._joint import Part, joint
 from gammabeta.studies._nets import MLP
 from gammabeta.studies._outcomes import alone, asked_for, beside
-from gammabeta.studies._pairs import Runs, collect, gains
+from gammabeta.studies._pairs import collect, gains
 from gammabeta.studies._points import Axes, drawings
 from gammabeta.studies._train import accuracy, batches, fair_split, log_steps, pixels, stream, train
 from gammabeta.studies._tuned import (
@@ -95,19 +95,19 @@ from gammabeta.studies._tuned import (
     LEAST_SEEDS,
     MOST_SEEDS,
     TUNING_SEEDS,
-    Best,
     Trained,
+    Tuned,
     Wish,
-    chosen,
     complete,
-    diverged_note,
     fair_verdict,
-    search,
+    guess,
+    needed_in,
+    own,
+    place,
+    settle,
     shown,
     trials,
     tuning_figure,
-    tuning_notes,
-    wishes,
 )
 from gammabeta.studies._verdict import Verdict, controlled, interval, superiority
 
@@ -155,55 +155,42 @@ PLANS = {
 def cells(budget: str, data: str, seeds: int | None, rows: list[Row]) -> list[Cell]:
     """Of each group: tuning until the grid is settled; then the main runs; pilot; more seeds."""
     plan = PLANS[budget]
-    rows = [r for r in rows if (r["budget"], r["data"]) == (budget, data)]
-    runs = collect(rows, KEYS)
-    tunings = search(runs, GROUPS, plan.rates, grow=plan.decides)
-    best, wanted = chosen(tunings), []
-    for group, arms in GROUPS.items():
-        main = _main(runs, best, group) if group in best else None
-        planned = _planned(runs, rows, best, group)
-        wanted += wishes(
-            {group: arms},
-            {group: tunings[group]},
-            main,
-            least=plan.seeds,
-            seeds=seeds,
-            pilot=plan.decides,
-            planned=planned,
+    tuned = settle(own(rows, budget, data), GROUPS, plan)
+    wanted = [
+        wish
+        for group in GROUPS
+        for wish in needed_in(
+            group, tuned, plan.seeds, seeds, _main(tuned, group), _planned(tuned, group)
         )
-    return [_cell(plan, *wish) for wish in wanted + _real(plan, best, seeds)]
+    ]
+    return [_cell(plan, *wish) for wish in wanted + _real(plan, tuned, seeds)]
 
 
 def expected(budget: str, data: str, seeds: int | None) -> list[Cell]:
     """About what a whole run asks for: grids grow by one rate, the pilot asks for many seeds."""
-    plan, wanted = PLANS[budget], []
-    rates = (*plan.rates, 10.0) if plan.decides else plan.rates
-    tunings = search({}, GROUPS, rates, grow=False)
-    guess = {group: dict.fromkeys(arms, 1.0) for group, arms in GROUPS.items()}
+    plan = PLANS[budget]
+    tuned = guess(GROUPS, plan, (10.0,), 1.0)
     main = {"size": GROUPS["size"], "large": (WHOLE, "ghosts of 64", SMALL)}
-    for group, arms in GROUPS.items():
-        wanted += wishes(
-            {group: arms},
-            {group: tunings[group]},
-            [Trained(group, arm, 1.0) for arm in main[group]],
-            least=plan.seeds,
-            seeds=seeds,
-            pilot=plan.decides,
-            planned=12,
+    wanted = [
+        wish
+        for group, arms in main.items()
+        for wish in needed_in(
+            group, tuned, plan.seeds, seeds, [Trained(group, arm, 1.0) for arm in arms], 12
         )
-    return [_cell(plan, *wish) for wish in wanted + _real(plan, guess, seeds)]
+    ]
+    return [_cell(plan, *wish) for wish in wanted + _real(plan, tuned, seeds)]
 
 
-def _real(plan: Plan, best: Best, seeds: int | None) -> list[Wish]:
+def _real(plan: Plan, tuned: Tuned, seeds: int | None) -> list[Wish]:
     """Small SGD batches, at the rate of m = 512 scaled by the batch."""
-    if "size" not in best:
+    if "size" not in tuned.best:
         return []
     count = plan.seeds if seeds is None else seeds
-    return [Wish(1, seed, "real", _real_arm(plan, best)) for seed in range(count)]
+    return [Wish(1, seed, "real", _real_arm(plan, tuned)) for seed in range(count)]
 
 
-def _real_arm(plan: Plan, best: Best) -> Trained:
-    return Trained("size", f"batch of {REAL}", best["size"]["m = 512"] * REAL / plan.batch)
+def _real_arm(plan: Plan, tuned: Tuned) -> Trained:
+    return Trained("size", f"batch of {REAL}", tuned.best["size"]["m = 512"] * REAL / plan.batch)
 
 
 def _cell(plan: Plan, wave: int, seed: int, part: str, what: Trained) -> Cell:
@@ -229,44 +216,34 @@ def _shape(plan: Plan, part: str, group: str, arm: str) -> tuple[int, int, int]:
     return plan.large_steps, plan.large_batch, GHOSTS.get(arm, plan.large_batch)
 
 
-def _main(runs: Runs, best: Best, group: str) -> list[Trained]:
+def _main(tuned: Tuned, group: str) -> list[Trained] | None:
     """All sizes; of the large batch: whole, the best ghosts, small."""
-    arms = GROUPS[group] if group == "size" else (WHOLE, _champion(runs, best, group), SMALL)
-    return [Trained(group, arm, best[group][arm]) for arm in arms]
+    if group not in tuned.best:
+        return None
+    arms = GROUPS[group] if group == "size" else (WHOLE, _champion(tuned, group), SMALL)
+    return [Trained(group, arm, tuned.best[group][arm]) for arm in arms]
 
 
-def _champion(runs: Runs, best: Best, group: str) -> str:
+def _champion(tuned: Tuned, group: str) -> str:
     """The size in the middle, or the ghosts, that are best on validation; of equals the first."""
-    tried = trials(runs, group)
-
-    def score(arm: str) -> float:
-        by_seed = tried[arm, best[group][arm]]
-        return math.fsum(by_seed[seed].final for seed in TUNING_SEEDS)
-
-    return max(MIDDLE if group == "size" else GHOSTS, key=score)
-
-
-def _gap_runs(rows: Sequence[Row]) -> Runs:
-    """Runs whose gap takes the place of the accuracy."""
-    return collect(
-        [
-            {**row, "accuracy": seen - held}
-            for row in rows
-            if isinstance(seen := row.get("train_accuracy"), float)
-            and isinstance(held := row.get("accuracy"), float)
-        ],
-        KEYS,
+    arms = MIDDLE if group == "size" else tuple(GHOSTS)
+    if group not in tuned.best:
+        return arms[0]
+    tried, best = trials(tuned.runs, group), tuned.best[group]
+    return max(
+        arms, key=lambda arm: math.fsum(tried[arm, best[arm]][s].final for s in TUNING_SEEDS)
     )
 
 
-def _minus(
-    runs: Runs, part: str, best: Best, group: str, first: str, second: str
-) -> dict[int, float]:
-    """One arm minus another, at their best rates, by seed."""
-    if group not in best:
-        return {}
-    pair = [runs.get((part, *Trained(group, arm, best[group][arm])), {}) for arm in (first, second)]
-    return gains(pair[0], pair[1])
+def _gaps(tuned: Tuned) -> Tuned:
+    """Runs whose gap takes the place of the accuracy."""
+    gaps = [
+        {**row, "accuracy": seen - held}
+        for row in tuned.rows
+        if isinstance(seen := row.get("train_accuracy"), float)
+        and isinstance(held := row.get("accuracy"), float)
+    ]
+    return tuned._replace(runs=collect(gaps, KEYS))
 
 
 def parabola(x: Sequence[float], y: Sequence[float]) -> tuple[float, float, float]:
@@ -280,13 +257,11 @@ def parabola(x: Sequence[float], y: Sequence[float]) -> tuple[float, float, floa
     return float(2 * second), float(low), float(high)
 
 
-def _u_parts(runs: Runs, part: str, best: Best, size: int) -> dict[str, dict[int, float]]:
+def _u_parts(tuned: Tuned, part: str) -> dict[str, dict[int, float]]:
     """The five numbers of batch-U by seed, all of them in the direction of the claim."""
     names = (f"−slope at m = {HIGH}", f"slope at m = {LOW}", "−curvature")
-    middle = {_TOO_SMALL: "m = 4", _TOO_LARGE: ALL}
-    if "size" not in best:
-        return {name: {} for name in (*names, *middle)}
-    by = {a: runs.get((part, *Trained("size", a, best["size"][a])), {}) for a in GROUPS["size"]}
+    size = PLANS[str(tuned.rows[0]["budget"])].size if tuned.rows else 1
+    by = {arm: tuned.ended(part, "size", arm) for arm in GROUPS["size"]}
     shared = sorted(set.intersection(*(set(by_seed) for by_seed in by.values())))
     x = [math.log2(m) for m in (*SIZES.values(), size)]
     found: dict[str, dict[int, float]] = {name: {} for name in names}
@@ -294,26 +269,24 @@ def _u_parts(runs: Runs, part: str, best: Best, size: int) -> dict[str, dict[int
         bend, low, high = parabola(x, [by[arm][seed].final for arm in GROUPS["size"]])
         for name, value in zip(names, (-high, low, -bend), strict=True):
             found[name][seed] = value
-    champion = _champion(runs, best, "size")
-    for name, other in middle.items():
+    champion = _champion(tuned, "size")
+    for name, other in ((_TOO_SMALL, "m = 4"), (_TOO_LARGE, ALL)):
         found[name] = gains(by[champion], by[other])
     return found
 
 
-def _planned(runs: Runs, rows: Sequence[Row], best: Best, group: str) -> int | None:
+def _planned(tuned: Tuned, group: str) -> int | None:
     """Seeds that the pilot asks for, None before it is complete."""
-    if group not in best:
-        return None
     of = {claim: claims()[claim].thresholds["delta"] for claim in CLAIMS}
-    champion = _champion(runs, best, group)
+    champion = _champion(tuned, group)
     if group == "large":
-        pilot = {_GHOST: _minus(runs, "pilot", best, group, champion, WHOLE)}
+        pilot = {_GHOST: tuned.minus("pilot", group, champion, WHOLE)}
         deltas = {_GHOST: of["ghost-bn"]}
     else:
         pilot = {
-            _GAPS: _minus(_gap_runs(rows), "pilot", best, group, "m = 512", "m = 64"),
-            _TOO_SMALL: _minus(runs, "pilot", best, group, champion, "m = 4"),
-            _TOO_LARGE: _minus(runs, "pilot", best, group, champion, ALL),
+            _GAPS: _gaps(tuned).minus("pilot", group, "m = 512", "m = 64"),
+            _TOO_SMALL: tuned.minus("pilot", group, champion, "m = 4"),
+            _TOO_LARGE: tuned.minus("pilot", group, champion, ALL),
         }
         deltas = {_GAPS: of["bigger-batch-less-reg"], _TOO_SMALL: of["batch-U"]}
         deltas[_TOO_LARGE] = of["batch-too-large"]
@@ -396,52 +369,34 @@ def judge(rows: list[Row]) -> list[Verdict]:
     """All claims, fair; what is missing makes them inconclusive."""
     if not rows:
         return []
-    budget, data = str(rows[0]["budget"]), str(rows[0]["data"])
-    plan, runs = PLANS[budget], collect(rows, KEYS)
-    tunings = search(runs, GROUPS, plan.rates, grow=plan.decides)
-    best = chosen(tunings)
-    about = {
-        group: tuning_notes({group: tunings[group]}, budget, decides=plan.decides)
-        + diverged_note({key: by for key, by in runs.items() if key[1] == group})
-        for group in GROUPS
-    }
-    setting = Setting(
-        "batch-noise",
-        budget,
-        data,
-        f"MLP 100-100 on {plan.size:,} images, SGD batches of {plan.batch}",
-        "each size at its best learning rate",
-        "points of accuracy",
-        plan.decides,
-    )
-    return [
-        *_size_verdicts(rows, runs, best, setting, about["size"]),
-        _ghost_verdict(rows, runs, best, setting, about["large"]),
-    ]
+    tuned = settle(rows, GROUPS, PLANS[str(rows[0]["budget"])])
+    return [*_size_verdicts(tuned), _ghost_verdict(tuned)]
 
 
-def _ended(runs: Runs, best: Best, arms: Sequence[str], label: str) -> list[str]:
+def _ended(tuned: Tuned, arms: Sequence[str], label: str) -> list[str]:
     """A note with what each size ends with."""
-    said = []
-    for arm in arms if "size" in best else ():
-        ended = runs.get(("fair", *Trained("size", arm, best["size"][arm])), {})
-        if ended:
-            said.append(f"{arm} {statistics.fmean(run.final for run in ended.values()):.2f}")
+    said = [
+        f"{arm} {statistics.fmean(run.final for run in ended.values()):.2f}"
+        for arm in arms
+        if (ended := tuned.ended("fair", "size", arm))
+    ]
     return [f"{label}: {', '.join(said)}."] if said else []
 
 
-def _size_verdicts(
-    rows: Sequence[Row], runs: Runs, best: Best, setting: Setting, common: Sequence[str]
-) -> list[Verdict]:
-    plan, gaps, notes = PLANS[setting.budget], _gap_runs(rows), list(common)
+def _size_verdicts(tuned: Tuned) -> list[Verdict]:
+    plan, gaps, notes = PLANS[str(tuned.rows[0]["budget"])], _gaps(tuned), tuned.notes("size")
+    setting = tuned.setting(
+        "batch-noise",
+        f"MLP 100-100 on {plan.size:,} images, SGD batches of {plan.batch}",
+        "each size at its best learning rate",
+    )
     of = {claim: claims()[claim].thresholds["delta"] for claim in CLAIMS}
-    notes += _ended(runs, best, GROUPS["size"], "Test accuracy (%)")
-    notes += _ended(gaps, best, GROUPS["size"], "Gap (points)")
-    planned = _planned(runs, rows, best, "size")
-    middle = _champion(runs, best, "size") if "size" in best else MIDDLE[0]
-    if "size" in best:
+    notes += _ended(tuned, GROUPS["size"], "Test accuracy (%)")
+    notes += _ended(gaps, GROUPS["size"], "Gap (points)")
+    planned, middle = _planned(tuned, "size"), _champion(tuned, "size")
+    if "size" in tuned.best:
         notes.append(f"Best size in the middle, chosen on validation: {middle}.")
-    by_gap = _minus(gaps, "fair", best, "size", "m = 512", "m = 64")
+    by_gap = gaps.minus("fair", "size", "m = 512", "m = 64")
     first = fair_verdict(
         "bigger-batch-less-reg",
         setting._replace(unit="points of the gap between training and test accuracy"),
@@ -453,20 +408,18 @@ def _size_verdicts(
             "the gap changes by {weakest}",
         ),
         alone(_GAPS, superiority(by_gap.values(), of["bigger-batch-less-reg"], LEAST_SEEDS)),
-        pilot={_GAPS: list(_minus(gaps, "pilot", best, "size", "m = 512", "m = 64").values())},
+        pilot={_GAPS: gaps.minus("pilot", "size", "m = 512", "m = 64")},
         planned=planned,
         notes=notes,
     )
     real = []
-    for label, what in (("gap", gaps), ("test accuracy", runs)):
-        if "size" in best:
-            fixed = what.get(("fair", *Trained("size", "m = 512", best["size"]["m = 512"])), {})
-            small = what.get(("real", *_real_arm(plan, best)), {})
-            name = f"{label} at m = 512 − with SGD batches of {REAL}"
-            real += shown(name, list(gains(fixed, small).values()))
+    for label, what in (("gap", gaps), ("test accuracy", tuned)) if "size" in tuned.best else ():
+        small = what.runs.get(("real", *_real_arm(plan, tuned)), {})
+        change = gains(what.ended("fair", "size", "m = 512"), small)
+        name = f"{label} at m = 512 − with SGD batches of {REAL}"
+        real += shown(name, list(change.values()))
 
-    parts = _u_parts(runs, "fair", best, plan.size)
-    pilot = {n: list(v.values()) for n, v in _u_parts(runs, "pilot", best, plan.size).items()}
+    parts, pilot = (_u_parts(tuned, part) for part in ("fair", "pilot"))
     large = parts[_TOO_LARGE]
     second = fair_verdict(
         "batch-too-large",
@@ -482,7 +435,7 @@ def _size_verdicts(
         planned=planned,
         notes=notes,
     )
-    wider = _minus(gaps, "fair", best, "size", ALL, middle)
+    wider = gaps.minus("fair", "size", ALL, middle)
     why = shown("gap, all − best in the middle", list(wider.values()))
     outcome = joint(
         {
@@ -511,19 +464,17 @@ def _size_verdicts(
     return [beside(first, real), beside(second, why), beside(third, real)]
 
 
-def _ghost_verdict(
-    rows: Sequence[Row], runs: Runs, best: Best, setting: Setting, common: Sequence[str]
-) -> Verdict:
-    claim, plan, notes = "ghost-bn", PLANS[setting.budget], list(common)
-    delta = claims()[claim].thresholds["delta"]
-    ghosts = _champion(runs, best, "large") if "large" in best else next(iter(GHOSTS))
-    gain = _minus(runs, "fair", best, "large", ghosts, WHOLE)
-    gap = _minus(runs, "fair", best, "large", SMALL, WHOLE)
+def _ghost_verdict(tuned: Tuned) -> Verdict:
+    claim, plan = "ghost-bn", PLANS[str(tuned.rows[0]["budget"])]
+    delta, notes = claims()[claim].thresholds["delta"], tuned.notes("large")
+    ghosts = _champion(tuned, "large")
+    gain = tuned.minus("fair", "large", ghosts, WHOLE)
+    gap = tuned.minus("fair", "large", SMALL, WHOLE)
     control = superiority(gap.values(), delta, LEAST_SEEDS)
-    if "large" in best:
-        tried = trials(runs, "large")
+    if "large" in tuned.best:
+        tried = trials(tuned.runs, "large")
         said = []
-        for arm, rate in best["large"].items():
+        for arm, rate in tuned.best["large"].items():
             finals = [tried[arm, rate][seed].final for seed in TUNING_SEEDS]
             said.append(f"{arm} {statistics.fmean(finals):.2f}")
         notes.append(f"Validation accuracy at the best rate (%): {', '.join(said)}.")
@@ -534,9 +485,10 @@ def _ghost_verdict(
         notes.append(f"Gap to small batches: {open_:.2f} points, {control.status}; {part}.")
     verdict = fair_verdict(
         claim,
-        setting._replace(
-            network=f"MLP 100-100 on {plan.large_size:,} images, SGD batches of "
-            f"{plan.large_batch:,}"
+        tuned.setting(
+            "batch-noise",
+            f"MLP 100-100 on {plan.large_size:,} images, SGD batches of {plan.large_batch:,}",
+            "each size at its best learning rate",
         ),
         Words(
             "ghost batches win back accuracy that large batches lose: {weakest}",
@@ -545,8 +497,8 @@ def _ghost_verdict(
             "the gain is {weakest}",
         ),
         alone(_GHOST, controlled(superiority(gain.values(), delta, LEAST_SEEDS), control)),
-        pilot={_GHOST: list(_minus(runs, "pilot", best, "large", ghosts, WHOLE).values())},
-        planned=_planned(runs, rows, best, "large"),
+        pilot={_GHOST: tuned.minus("pilot", "large", ghosts, WHOLE)},
+        planned=_planned(tuned, "large"),
         notes=notes,
     )
     return beside(verdict, shown(_CONTROL, list(gap.values()), "control"))
@@ -556,13 +508,12 @@ def figures(rows: list[Row]) -> list[dict[str, Any]]:
     """Test accuracy and gap over the ghost size, and how the rates were chosen."""
     if not rows:
         return []
-    plan, runs = PLANS[str(rows[0]["budget"])], collect(rows, KEYS)
-    where = PLACES.get(str(rows[0]["data"]), str(rows[0]["data"]))
-    best = chosen(search(runs, GROUPS, plan.rates, grow=plan.decides))
+    plan = PLANS[str(rows[0]["budget"])]
+    tuned, where = settle(rows, GROUPS, plan), place(rows)
     points: list[Row] = []
-    for curve, what in (("accuracy", runs), ("gap", _gap_runs(rows))):
-        for arm in GROUPS["size"] if "size" in best else ():
-            ended = what.get(("fair", *Trained("size", arm, best["size"][arm])), {})
+    for curve, what in (("accuracy", tuned), ("gap", _gaps(tuned))):
+        for arm in GROUPS["size"]:
+            ended = what.ended("fair", "size", arm)
             head: Row = {"kind": "curve", "curve": curve, "series": "ghost batches"}
             head["x"] = float(SIZES.get(arm, plan.size))
             points += [{**head, "y": run.final} for run in ended.values()]
@@ -575,4 +526,4 @@ def figures(rows: list[Row]) -> list[dict[str, Any]]:
                     "gap (points)", x_log=True, caption=caption),
     }  # fmt: skip
     drawn = drawings("batch-noise", axes, points)
-    return [*drawn, *tuning_figure("batch-noise", "tuning", rows, runs, GROUPS, "sizes")]
+    return [*drawn, *tuning_figure("batch-noise", tuned, "sizes")]

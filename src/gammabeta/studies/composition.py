@@ -59,7 +59,7 @@ tuning also `precise`, `like` (training mode, composed like in training), `mixed
 
 import copy
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
 import torch
@@ -69,26 +69,22 @@ from torch.nn.functional import cross_entropy
 from gammabeta._runs import Row, Scalar
 from gammabeta.layers.batch_norm import BatchNorm1d
 from gammabeta.models.calibration import calibrate
-from gammabeta.studies._answer import Setting, Words
+from gammabeta.studies._answer import Words
 from gammabeta.studies._asked import Asked, Parts, ends, less, planned, verdict
 from gammabeta.studies._claims import claims
 from gammabeta.studies._data import Images
 from gammabeta.studies._experiments import Cell
 from gammabeta.studies._nets import MLP, Norm, m2, renorm
-from gammabeta.studies._pairs import collect
 from gammabeta.studies._train import accuracy, fair_split, log_steps, pixels, stream
 from gammabeta.studies._tuned import (
-    KEYS,
     LEAST_SEEDS,
-    Best,
     Trained,
-    chosen,
-    diverged_note,
-    guessed,
+    Tuned,
+    guess,
     needed,
-    search,
+    own,
+    settle,
     trained_figures,
-    tuning_notes,
 )
 from gammabeta.studies._verdict import Verdict
 
@@ -132,19 +128,17 @@ PLANS = {
 def cells(budget: str, data: str, seeds: int | None, rows: list[Row]) -> list[Cell]:
     """Tuning until the grid is settled; then the main runs; pilot; more seeds."""
     plan = PLANS[budget]
-    rows = [r for r in rows if (r["budget"], r["data"]) == (budget, data)]
-
-    def asked(best: Best) -> list[int | None]:
-        return [planned(_asked(claim, rows, "pilot", best), LEAST_SEEDS) for claim in CLAIMS]
-
-    wanted = needed(rows, GROUPS, plan, seeds, asked)
-    return [_cell(plan, *wish) for wish in wanted if not _spare(*wish)]
+    tuned = settle(own(rows, budget, data), GROUPS, plan)
+    asked = [planned(_asked(claim, tuned, "pilot"), LEAST_SEEDS) for claim in CLAIMS]
+    return [
+        _cell(plan, *wish) for wish in needed(tuned, plan.seeds, seeds, asked) if not _spare(*wish)
+    ]
 
 
 def expected(budget: str, data: str, seeds: int | None) -> list[Cell]:
     """About what a whole run asks for: no grid grows, the pilot asks for half as many more."""
     plan = PLANS[budget]
-    wanted = guessed(GROUPS, plan, seeds, LEAST_SEEDS * 3 // 2)
+    wanted = needed(guess(GROUPS, plan), plan.seeds, seeds, [LEAST_SEEDS * 3 // 2])
     return [_cell(plan, *wish) for wish in wanted if not _spare(*wish)]
 
 
@@ -251,20 +245,18 @@ def _composed_share(net: MLP, held: Tensor, labels: Tensor, draw: Iterator[Tenso
 # -- what it means ------------------------------------------------------------------------------
 
 
-def _shares(rows: Sequence[Row], part: str, best: Best, arm: str, column: str) -> dict[int, float]:
+def _shares(tuned: Tuned, part: str, arm: str, column: str) -> dict[int, float]:
     group = GROUP_OF[arm]
-    rate = best.get(group, {}).get(arm, math.nan)
-    return ends(rows, column, {"part": part, "group": group, "arm": arm, "rate": rate})
+    rate = tuned.best.get(group, {}).get(arm, math.nan)
+    return ends(tuned.rows, column, {"part": part, "group": group, "arm": arm, "rate": rate})
 
 
-def _asked(
-    claim: str, rows: Sequence[Row], part: str, best: Best, against: str = "precise"
-) -> Parts:
+def _asked(claim: str, tuned: Tuned, part: str, against: str = "precise") -> Parts:
     """The parts of a claim, from the fair or the pilot's rows."""
     limits = claims()[claim].thresholds
 
     def by(arm: str, column: str) -> dict[int, float]:
-        return _shares(rows, part, best, arm, column)
+        return _shares(tuned, part, arm, column)
 
     if claim == "brn-noniid":
         gain = less(by(BRN, "accuracy"), by(BN, "accuracy"), 100)
@@ -281,23 +273,13 @@ def judge(rows: list[Row]) -> list[Verdict]:
     """Both claims; what is missing makes them inconclusive."""
     if not rows:
         return []
-    budget, data = str(rows[0]["budget"]), str(rows[0]["data"])
-    plan, runs = PLANS[budget], collect(rows, KEYS)
-    tunings = search(runs, GROUPS, plan.rates, grow=plan.decides)
-    best = chosen(tunings)
-    notes = tuning_notes(tunings, budget, decides=plan.decides) + diverged_note(runs)
-    setting = Setting(
-        "composition",
-        budget,
-        data,
-        "MLP 100-100, batches of 32",
-        "each arm at its best learning rate",
-        "points of accuracy",
-        plan.decides,
+    tuned = settle(rows, GROUPS, PLANS[str(rows[0]["budget"])])
+    setting = tuned.setting(
+        "composition", "MLP 100-100, batches of 32", "each arm at its best learning rate"
     )
 
     def by(arm: str, column: str) -> dict[int, float]:
-        return _shares(rows, "fair", best, arm, column)
+        return _shares(tuned, "fair", arm, column)
 
     beside = {
         "brn-noniid": {
@@ -323,11 +305,11 @@ def judge(rows: list[Row]) -> list[Verdict]:
             claim,
             setting,
             WORDS[claim],
-            _asked(claim, rows, "fair", best),
-            _asked(claim, rows, "pilot", best),
+            _asked(claim, tuned, "fair"),
+            _asked(claim, tuned, "pilot"),
             least=LEAST_SEEDS,
-            notes=notes,
-            published=_asked(claim, rows, "fair", best, "accuracy") if claim == "leakage" else None,
+            notes=tuned.notes(),
+            published=_asked(claim, tuned, "fair", "accuracy") if claim == "leakage" else None,
             beside=beside[claim],
         )
         for claim in CLAIMS
@@ -360,9 +342,7 @@ def figures(rows: list[Row]) -> list[dict[str, Any]]:
         return []
     return trained_figures(
         "composition",
-        rows,
-        GROUPS,
-        PLANS[str(rows[0]["budget"])],
+        settle(rows, GROUPS, PLANS[str(rows[0]["budget"])]),
         "Test accuracy on {where} after training on batches of few digits",
         "Running statistics, each arm at its best learning rate.",
         "by composition",

@@ -69,36 +69,37 @@ from typing import Any, NamedTuple
 
 from gammabeta._runs import Row, Scalar
 from gammabeta.studies import _draws
-from gammabeta.studies._answer import Setting, Words
+from gammabeta.studies._answer import Words
 from gammabeta.studies._claims import claims
 from gammabeta.studies._data import Images
 from gammabeta.studies._deep_layers import heads, layers
 from gammabeta.studies._draws import Question
 from gammabeta.studies._experiments import Cell
 from gammabeta.studies._joint import Part, joint
-from gammabeta.studies._pairs import NORMS, Runs, Tuning, collect
+from gammabeta.studies._outcomes import asked_for, beside, by_weakest
+from gammabeta.studies._pairs import NORMS
 from gammabeta.studies._points import Axes, drawings
 from gammabeta.studies._targets import Target
 from gammabeta.studies._tuned import (
-    KEYS,
     LEAST_SEEDS,
     MOST_SEEDS,
     PILOT_SEEDS,
     Best,
     Trained,
+    Tuned,
     Wish,
-    chosen,
     complete,
-    diverged_note,
     fair_verdict,
+    guess,
     minus,
-    search,
+    needed_in,
+    own,
+    settle,
     shown,
     tuning_figure,
     tuning_notes,
-    wishes,
 )
-from gammabeta.studies._verdict import Verdict, half_width, interval, planned_n
+from gammabeta.studies._verdict import Verdict, half_width, interval
 
 CLAIMS = ("deep-supervision", "top-first")
 
@@ -140,58 +141,41 @@ CHANCE = 20.0  # percent: no grid grows for an arm that stays below at every rat
 def cells(budget: str, data: str, seeds: int | None, rows: list[Row]) -> list[Cell]:
     """Each network: tuning until its grid is settled; then its main runs; pilot; more seeds."""
     plan = PLANS[budget]
-    mine = [r for r in rows if (r["budget"], r["data"]) == (budget, data)]
-    runs = collect(mine, KEYS)
-    best = chosen(_tunings(runs, plan))
-    draws = _draws.planned(_question(), _layer_rows(mine, best))
-    planned = {group: _planned(group, runs, best) for group in ACTIVATIONS}
-    return _wanted(plan, seeds, runs, best, planned, draws)
+    tuned = _settled(own(rows, budget, data), plan)
+    draws = _draws.planned(_question(), _layer_rows(tuned.rows, tuned.best))
+    planned = {group: _planned(group, tuned) for group in ACTIVATIONS}
+    return _wanted(plan, seeds, tuned, planned, draws)
 
 
 def expected(budget: str, data: str, seeds: int | None) -> list[Cell]:
     """About what a whole run asks for: no grid grows, ReLU needs most seeds, the others least."""
-    guess = {group: dict.fromkeys(arms, 0.1) for group, arms in GROUPS.items()}
-    planned = {"ReLU": MOST_SEEDS, "sigmoid": LEAST_SEEDS}
-    return _wanted(PLANS[budget], seeds, {}, guess, planned, LEAST_SEEDS)
+    plan, planned = PLANS[budget], {"ReLU": MOST_SEEDS, "sigmoid": LEAST_SEEDS}
+    return _wanted(plan, seeds, guess(GROUPS, plan, rate=0.1), planned, LEAST_SEEDS)
 
 
-def _tunings(runs: Runs, plan: Plan) -> dict[str, Tuning]:
-    return {
-        group: search(runs, {group: arms}, plan.rates[group], grow=plan.decides, floor=CHANCE)[
-            group
-        ]
-        for group, arms in GROUPS.items()
-    }
+def _settled(rows: Sequence[Row], plan: Plan) -> Tuned:
+    return settle(rows, GROUPS, plan, floor=CHANCE)
 
 
 def _wanted(
     plan: Plan,
     seeds: int | None,
-    runs: Runs,
-    best: Best,
+    tuned: Tuned,
     planned: Mapping[str, int | None],
     draws: int | None,
 ) -> list[Cell]:
     """Heads: ``planned`` seeds by their pilots; layers: ``draws``."""
     wanted: list[Wish] = []
-    for group, tuning in _tunings(runs, plan).items():
-        main = _main(group, best) if group in best and group != FIVE else None
-        wanted += wishes(
-            {group: GROUPS[group]},
-            {group: tuning},
-            main,
-            least=plan.seeds,
-            seeds=seeds,
-            pilot=plan.decides,
-            planned=planned.get(group),
-        )
+    for group in GROUPS:
+        main = _main(group, tuned.best) if group in tuned.best and group != FIVE else None
+        wanted += needed_in(group, tuned, plan.seeds, seeds, main, planned.get(group))
     few = range(LEAST_SEEDS if seeds is None else seeds)
     wanted = [w for w in wanted if w.what.arm != "both" or (w.part == "fair" and w.seed in few)]
     found = _bundled(plan, [wish for wish in wanted if wish.what.group != FIVE])
     found += [_layers(plan, *wish) for wish in wanted if wish.what.group == FIVE]
-    if FIVE not in best:
+    if FIVE not in tuned.best:
         return found
-    none, bn = (Trained(FIVE, norm, best[FIVE][norm]) for norm in ("none", "bn"))
+    none, bn = (Trained(FIVE, norm, tuned.best[FIVE][norm]) for norm in ("none", "bn"))
     count = plan.seeds if seeds is None else seeds
     found += [_layers(plan, 1, s, "layers", what) for s in range(count) for what in (none, bn)]
     if seeds is None and plan.decides:
@@ -236,31 +220,26 @@ def _evaluated(plan: Plan, part: str) -> int:
     return min(plan.images, TUNING_IMAGES if part == "tuning" else 10000)
 
 
-def _differences(runs: Runs, part: str, best: Best) -> dict[str, dict[int, float]]:
+def _differences(tuned: Tuned, part: str) -> dict[str, dict[int, float]]:
     """Heads - plain and BN - heads by activation and seed; empty where a network is missing."""
-    found = {}
-    for group in ACTIVATIONS:
-        for name, first, second in (
-            ("heads − plain", "heads", "plain"),
-            ("BN − heads", "bn", "heads"),
-        ):
-            arms = (
-                (Trained(group, arm, best[group][arm]) for arm in (first, second))
-                if group in best
-                else ()
-            )
-            found[f"{name}, {group}"] = minus(runs, part, *arms) if group in best else {}
-    return found
+    return {
+        f"{name}, {group}": tuned.minus(part, group, *pair)
+        for group in ACTIVATIONS
+        for name, pair in (
+            ("heads − plain", ("heads", "plain")),
+            ("BN − heads", ("bn", "heads")),
+        )
+    }
 
 
-def _planned(group: str, runs: Runs, best: Best) -> int | None:
+def _planned(group: str, tuned: Tuned) -> int | None:
     """Seeds that the pilot of an activation asks for, None before it is complete."""
-    found = _differences(runs, "pilot", best)
+    found = _differences(tuned, "pilot")
     pilot = {name: by_seed for name, by_seed in found.items() if name.endswith(group)}
     if not complete(pilot):
         return None
-    delta = claims()["deep-supervision"].thresholds["delta"]
-    return max(planned_n(v.values(), delta, LEAST_SEEDS, MOST_SEEDS) for v in pilot.values())
+    deltas = dict.fromkeys(pilot, claims()["deep-supervision"].thresholds["delta"])
+    return asked_for(pilot, deltas, LEAST_SEEDS, MOST_SEEDS)
 
 
 def _layer_rows(rows: Sequence[Row], best: Best) -> list[Row]:
@@ -307,31 +286,14 @@ def judge(rows: list[Row]) -> list[Verdict]:
     """Two claims, fair; what is missing makes a claim inconclusive."""
     if not rows:
         return []
-    budget, data = str(rows[0]["budget"]), str(rows[0]["data"])
-    plan, runs = PLANS[budget], collect(rows, KEYS)
-    tunings = _tunings(runs, plan)
-    best = chosen(tunings)
-    found = [
-        _supervision(
-            rows,
-            runs,
-            plan,
-            tunings,
-            Setting(
-                "deep-layers",
-                budget,
-                data,
-                "MLP of 12 layers",
-                "each network at its best learning rate",
-                "points of accuracy",
-                plan.decides,
-            ),
-        )
-    ]
-    own = _layer_rows(rows, best)
-    if own:
-        notes = tuning_notes({FIVE: tunings[FIVE]}, budget, decides=plan.decides)
-        found.append(_draws.verdict(_question(), "deep-layers", own, notes=notes))
+    plan = PLANS[str(rows[0]["budget"])]
+    tuned = _settled(rows, plan)
+    found = [_supervision(tuned)]
+    layer_rows = _layer_rows(rows, tuned.best)
+    if layer_rows:
+        tunings, budget = {FIVE: tuned.tunings[FIVE]}, str(rows[0]["budget"])
+        notes = tuning_notes(tunings, budget, decides=plan.decides)
+        found.append(_draws.verdict(_question(), "deep-layers", layer_rows, notes=notes))
     return found
 
 
@@ -355,30 +317,21 @@ def _question() -> Question:
     )
 
 
-def _supervision(
-    rows: Sequence[Row], runs: Runs, plan: Plan, tunings: Mapping[str, Tuning], setting: Setting
-) -> Verdict:
-    best = chosen(tunings)
+def _supervision(tuned: Tuned) -> Verdict:
+    best, pilot = tuned.best, _differences(tuned, "pilot")
     delta = claims()["deep-supervision"].thresholds["delta"]
     parts = {
         name: Part(list(v.values()), "superiority", delta, level=name.split(", ")[1])
-        for name, v in _differences(runs, "fair", best).items()
+        for name, v in _differences(tuned, "fair").items()
     }
-    found = joint(parts, LEAST_SEEDS)
-    means = {name: c.interval.mean for name, c in found.cells.items() if c.interval}
-    if means:
-        weakest = min(means, key=lambda name: means[name])
-        found = dataclasses.replace(found, weakest=weakest, interval=found.cells[weakest].interval)
-    groups = tuple(ACTIVATIONS)
-    notes = tuning_notes({g: tunings[g] for g in groups}, setting.budget, decides=plan.decides)
-    notes += diverged_note({key: by for key, by in runs.items() if key[1] in groups})
+    found = by_weakest(joint(parts, LEAST_SEEDS))
     more: list[dict[str, Any]] = []
-    for group in groups:
+    for group in ACTIVATIONS:
         if group not in best:
             continue
         both, bn = (Trained(group, arm, best[group]["bn"]) for arm in ("both", "bn"))
-        more += shown(f"both − BN, {group}", list(minus(runs, "fair", both, bn).values()))
-        more += shown(f"ln gradient, heads / plain, {group}", _gradients(rows, group, best))
+        more += shown(f"both − BN, {group}", list(minus(tuned.runs, "fair", both, bn).values()))
+        more += shown(f"ln gradient, heads / plain, {group}", _gradients(tuned.rows, group, best))
     words = Words(
         "auxiliary heads gain accuracy and batch normalization gains more; the smallest difference "
         "is {weakest}",
@@ -388,17 +341,21 @@ def _supervision(
         "auxiliary heads gain {delta} points, and batch normalization {delta} more, with one "
         "activation only; not {refuted}",
     )
-    pilot = {name: list(v.values()) for name, v in _differences(runs, "pilot", best).items()}
-    verdict = fair_verdict("deep-supervision", setting, words, found, pilot=pilot,
-                           planned=None, notes=notes)  # fmt: skip
+    verdict = fair_verdict(
+        "deep-supervision",
+        tuned.setting("deep-layers", "MLP of 12 layers"),
+        words,
+        found,
+        pilot=pilot,
+        planned=None,
+        notes=tuned.notes(*ACTIVATIONS),
+    )
     # Each activation has a number of seeds of its own.
-    asked = _planned(found.weakest.split(", ")[1], runs, best) if found.weakest else None
+    asked = _planned(found.weakest.split(", ")[1], tuned) if found.weakest else None
     if asked is not None and found.weakest:
-        predicted = half_width(interval(pilot[found.weakest]).sd, asked)
+        predicted = half_width(interval(pilot[found.weakest].values()).sd, asked)
         verdict = dataclasses.replace(verdict, planned_half_width=predicted)
-    if verdict.status == "demo":
-        more = [{**cell, "status": "demo", "reason": ""} for cell in more]
-    return dataclasses.replace(verdict, cells=[*verdict.cells, *more])
+    return beside(verdict, more)
 
 
 def _gradients(rows: Sequence[Row], group: str, best: Best) -> list[float]:
@@ -431,8 +388,7 @@ def figures(rows: list[Row]) -> list[dict[str, Any]]:
     """Layers over time, and how the rates were chosen."""
     if not rows:
         return []
-    plan, runs = PLANS[str(rows[0]["budget"])], collect(rows, KEYS)
-    best = chosen(_tunings(runs, plan))
-    drawn = [r for r in _layer_rows(rows, best) if r["seed"] not in PILOT_SEEDS]
-    tuned = tuning_figure("deep-layers", "tuning", rows, runs, GROUPS, "all networks")
-    return [*drawings("deep-layers", _FIGURES, drawn), *tuned]
+    tuned = _settled(rows, PLANS[str(rows[0]["budget"])])
+    drawn = [r for r in _layer_rows(rows, tuned.best) if r["seed"] not in PILOT_SEEDS]
+    figures_of_layers = drawings("deep-layers", _FIGURES, drawn)
+    return [*figures_of_layers, *tuning_figure("deep-layers", tuned, "all networks")]

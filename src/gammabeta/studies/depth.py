@@ -78,25 +78,27 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from gammabeta._runs import Row, Scalar
-from gammabeta.studies._answer import PLACES, Setting
 from gammabeta.studies._data import Images
 from gammabeta.studies._depth import rules, starts
 from gammabeta.studies._depth.contrasts import DECIDING, DEPTHS, GROUPS, NETWORKS, USES, planned
 from gammabeta.studies._depth.nets import Network, network
 from gammabeta.studies._experiments import Cell
-from gammabeta.studies._pairs import LABELS, NORMS, Runs, Tuning, band, collect, curves
+from gammabeta.studies._pairs import LABELS, NORMS, band
 from gammabeta.studies._points import Axes, drawings
 from gammabeta.studies._train import accuracy, fair_split, log_steps, pixels, stream, train
 from gammabeta.studies._tuned import (
-    KEYS,
+    BAND,
     LEAST_SEEDS,
     MOST_SEEDS,
-    Best,
     Trained,
-    chosen,
-    search,
+    Tuned,
+    figure,
+    guess,
+    needed_in,
+    own,
+    place,
+    settle,
     tuning_figure,
-    wishes,
 )
 from gammabeta.studies._verdict import Verdict
 
@@ -144,45 +146,29 @@ CHANCE = 20.0  # percent: no grid grows for an arm that stays below at every rat
 def cells(budget: str, data: str, seeds: int | None, rows: list[Row]) -> list[Cell]:
     """Each network: tuning until its grid is settled; then its main runs; pilot; more seeds."""
     plan = PLANS[budget]
-    runs = collect([r for r in rows if (r["budget"], r["data"]) == (budget, data)], KEYS)
-    best = chosen(_tunings(runs, plan))
-    asked = {claim: planned(claim, runs, best) for claim in USES}
-    return _wanted(plan, seeds, runs, best, asked)
+    tuned = _settled(own(rows, budget, data), plan)
+    return _wanted(plan, seeds, tuned, {claim: planned(claim, tuned) for claim in USES})
 
 
 def expected(budget: str, data: str, seeds: int | None) -> list[Cell]:
     """About what a whole run asks for: no grid grows, the pilot asks for twice the least seeds."""
     plan = PLANS[budget]
-    guess = {group: dict.fromkeys(arms, 0.1) for group, arms in GROUPS.items()}
-    planned = dict.fromkeys(USES, 2 * LEAST_SEEDS) | {"sigmoid-deep": LEAST_SEEDS}
-    return _wanted(plan, seeds, {}, guess, planned)
+    asked = dict.fromkeys(USES, 2 * LEAST_SEEDS) | {"sigmoid-deep": LEAST_SEEDS}
+    return _wanted(plan, seeds, guess(GROUPS, plan, rate=0.1), asked)
 
 
-def _tunings(runs: Runs, plan: Plan) -> dict[str, Tuning]:
-    return {
-        group: search(runs, {group: arms}, plan.rates[group], grow=plan.decides, floor=CHANCE)[
-            group
-        ]
-        for group, arms in GROUPS.items()
-    }
+def _settled(rows: Sequence[Row], plan: Plan) -> Tuned:
+    return settle(rows, GROUPS, plan, floor=CHANCE)
 
 
 def _wanted(
-    plan: Plan, seeds: int | None, runs: Runs, best: Best, planned: Mapping[str, int | None]
+    plan: Plan, seeds: int | None, tuned: Tuned, asked: Mapping[str, int | None]
 ) -> list[Cell]:
     wanted = []
-    for group, tuning in _tunings(runs, plan).items():
-        arms = GROUPS[group]
-        asked = [planned[claim] or 0 for claim, groups in USES.items() if group in groups]
-        wanted += wishes(
-            {group: arms},
-            {group: tuning},
-            [Trained(group, arm, best[group][arm]) for arm in arms] if group in best else None,
-            least=plan.seeds,
-            seeds=seeds,
-            pilot=plan.decides,
-            planned=max(asked),
-        )
+    for group in GROUPS:
+        most = max(asked[claim] or 0 for claim, groups in USES.items() if group in groups)
+        main = [Trained(group, arm, rate) for arm, rate in tuned.best.get(group, {}).items()]
+        wanted += needed_in(group, tuned, plan.seeds, seeds, main or None, most)
     found = [_cell(plan, *wish) for wish in wanted]
     for part, cost in (("noise", 0.26), ("moments", 0.82)):
         arm: dict[str, Scalar] = {"part": part}
@@ -269,13 +255,8 @@ def judge(rows: list[Row]) -> list[Verdict]:
     """Five claims, fair; what is missing makes a claim inconclusive."""
     if not rows:
         return []
-    budget, data = str(rows[0]["budget"]), str(rows[0]["data"])
-    plan, runs = PLANS[budget], collect(rows, KEYS)
-    tunings = _tunings(runs, plan)
-    condition, unit = "each network at its best learning rate", "points of accuracy"
-    setting = Setting("depth", budget, data, "", condition, unit, plan.decides)
-    best = chosen(tunings)
-    seen = rules.Seen(rows, runs, tunings, best, setting, plan.limits, plan.limit_steps)
+    plan = PLANS[str(rows[0]["budget"])]
+    seen = rules.Seen(_settled(rows, plan), plan.limits, plan.limit_steps)
     return [
         rules.deep_hard(seen),
         rules.inputs(seen),
@@ -307,37 +288,39 @@ def figures(rows: list[Row]) -> list[dict[str, Any]]:
     """Accuracy over depth; what is seen before training; how the rates were chosen."""
     if not rows:
         return []
-    plan, runs = PLANS[str(rows[0]["budget"])], collect(rows, KEYS)
-    where = PLACES.get(str(rows[0]["data"]), str(rows[0]["data"]))
-    best = chosen(_tunings(runs, plan))
+    plan = PLANS[str(rows[0]["budget"])]
+    tuned = _settled(rows, plan)
     panels = []
     for weights, more in (("ReLU, He", ""), ("ReLU, N(0, 0.1)", ", N(0, 0.1)")):
         series = []
         for arm in NORMS:
             ends: dict[int, list[float]] = {}
             for group, net in NETWORKS.items():
-                if group == f"{net.depth} layers{more}" and arm in best.get(group, {}):
-                    by_seed = runs.get(("fair", group, arm, best[group][arm]), {})
+                if group == f"{net.depth} layers{more}" and arm in tuned.best.get(group, {}):
+                    by_seed = tuned.ended("fair", group, arm)
                     ends[net.depth] = [run.final for run in by_seed.values()]
             series += _over_depth(LABELS[arm], arm, ends)
         panels.append({"title": weights, "series": series})
     limit = []
     for rate in plan.limits:
-        tried = {d: runs.get(("limit", g, "bn", rate), {}).values() for g, d in DEPTHS.items()}
+        tried = {
+            d: tuned.runs.get(("limit", g, "bn", rate), {}).values() for g, d in DEPTHS.items()
+        }
         ends = {d: [run.final_batch for run in by_seed] for d, by_seed in tried.items()}
         limit += _over_depth(f"rate {rate:g}", "bn", ends)
     panels.append({"title": "ReLU with BN, by batch statistics", "series": limit})
-    drawn = curves(
-        "depth",
-        "accuracy",
-        f"Test accuracy on {where} over the number of hidden layers",
-        "Each network at its best learning rate, but for the last panel. Mean over seeds; the band "
-        "is its 95 % interval.",
-        "number of hidden layers",
-        [panel for panel in panels if panel["series"]],
-    )
-    tuned = tuning_figure("depth", "tuning", rows, runs, GROUPS, "networks of several depths")
-    return [*([drawn] if drawn["panels"] else []), *drawings("depth", _FIGURES, rows), *tuned]
+    return [
+        *figure(
+            "depth",
+            "accuracy",
+            f"Test accuracy on {place(rows)} over the number of hidden layers",
+            f"Each network at its best learning rate, but for the last panel. {BAND}",
+            [panel for panel in panels if panel["series"]],
+            "number of hidden layers",
+        ),
+        *drawings("depth", _FIGURES, rows),
+        *tuning_figure("depth", tuned, "networks of several depths"),
+    ]
 
 
 def _over_depth(name: str, style: str, ends: Mapping[int, Sequence[float]]) -> list[dict[str, Any]]:

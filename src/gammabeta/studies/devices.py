@@ -43,34 +43,30 @@ Rows: arm fields part, group, arm ("8 devices"), rate: `step`, `accuracy`, `dive
 
 import copy
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
 import torch
 
 from gammabeta._runs import Row, Scalar
 from gammabeta.models.calibration import calibrate
-from gammabeta.studies._answer import Setting, Words
+from gammabeta.studies._answer import Words
 from gammabeta.studies._asked import Asked, Parts, ends, less, planned, verdict
 from gammabeta.studies._claims import claims
 from gammabeta.studies._data import Images
 from gammabeta.studies._devices.exact import errors
 from gammabeta.studies._devices.shards import parallel
 from gammabeta.studies._experiments import Cell
-from gammabeta.studies._pairs import collect
 from gammabeta.studies._train import accuracy, fair_split, log_steps, pixels, stream, train
 from gammabeta.studies._tuned import (
-    KEYS,
     LEAST_SEEDS,
-    Best,
     Trained,
-    chosen,
-    diverged_note,
-    guessed,
+    Tuned,
+    guess,
     needed,
-    search,
+    own,
+    settle,
     trained_figures,
-    tuning_notes,
 )
 from gammabeta.studies._verdict import Verdict
 
@@ -106,19 +102,15 @@ PLANS = {
 def cells(budget: str, data: str, seeds: int | None, rows: list[Row]) -> list[Cell]:
     """The identities; tuning until the grid is settled; then the main runs; pilot; more seeds."""
     plan = PLANS[budget]
-    rows = [r for r in rows if (r["budget"], r["data"]) == (budget, data)]
-
-    def asked(best: Best) -> list[int | None]:
-        return [planned(_asked(rows, "pilot", best), LEAST_SEEDS)]
-
-    wanted = needed(rows, GROUPS, plan, seeds, asked)
+    tuned = settle(own(rows, budget, data), GROUPS, plan)
+    wanted = needed(tuned, plan.seeds, seeds, [planned(_asked(tuned, "pilot"), LEAST_SEEDS)])
     return [*_exact(plan, seeds), *(_cell(plan, *wish) for wish in wanted)]
 
 
 def expected(budget: str, data: str, seeds: int | None) -> list[Cell]:
     """About what a whole run asks for: no grid grows, the pilot asks for twice the least seeds."""
     plan = PLANS[budget]
-    wanted = guessed(GROUPS, plan, seeds, 2 * LEAST_SEEDS)
+    wanted = needed(guess(GROUPS, plan), plan.seeds, seeds, [2 * LEAST_SEEDS])
     return [*_exact(plan, seeds), *(_cell(plan, *wish) for wish in wanted)]
 
 
@@ -173,10 +165,10 @@ def measure(arm: Mapping[str, Scalar], seed: int, budget: str, data: Images) -> 
 # -- what it means ------------------------------------------------------------------------------
 
 
-def _asked(rows: Sequence[Row], part: str, best: Best) -> Parts:
+def _asked(tuned: Tuned, part: str) -> Parts:
     """The parts of the claim, from the fair or the pilot's rows."""
     limits = claims()["multi-gpu"].thresholds
-    by = _accuracies(rows, part, best, "accuracy")
+    by = _accuracies(tuned, part, "accuracy")
     found = {
         "1 device − 8 devices": Asked(
             less(by[_ONE], by[_MOST], 100), "superiority", limits["delta"], limits["delta"]
@@ -185,7 +177,7 @@ def _asked(rows: Sequence[Row], part: str, best: Best) -> Parts:
     }
     if part == "pilot":
         return found
-    exact = [row for row in rows if row.get("part") == "exact"]
+    exact = [row for row in tuned.rows if row.get("part") == "exact"]
     for name, column in (("synchronized ranks", "synchronized"), ("local ranks", "local"),
                          ("variance from shards", "formula")):  # fmt: skip
         worst = {}
@@ -201,13 +193,11 @@ def _asked(rows: Sequence[Row], part: str, best: Best) -> Parts:
     return found
 
 
-def _accuracies(
-    rows: Sequence[Row], part: str, best: Best, column: str
-) -> dict[str, dict[int, float]]:
+def _accuracies(tuned: Tuned, part: str, column: str) -> dict[str, dict[int, float]]:
     """A share by number of devices and seed; none before the rates are chosen."""
-    rates = best.get("devices", {})
+    rates = tuned.best.get("devices", {})
     return {
-        arm: ends(rows, column, {"part": part, "arm": arm, "rate": rates[arm]})
+        arm: ends(tuned.rows, column, {"part": part, "arm": arm, "rate": rates[arm]})
         if arm in rates
         else {}
         for arm in DEVICES
@@ -232,14 +222,11 @@ def judge(rows: list[Row]) -> list[Verdict]:
     """One claim; what is missing makes it inconclusive."""
     if not rows:
         return []
-    budget, data = str(rows[0]["budget"]), str(rows[0]["data"])
-    plan, runs = PLANS[budget], collect(rows, KEYS)
-    tunings = search(runs, GROUPS, plan.rates, grow=plan.decides)
-    best = chosen(tunings)
-    notes = tuning_notes(tunings, budget, decides=plan.decides) + diverged_note(runs)
+    plan = PLANS[str(rows[0]["budget"])]
+    tuned = settle(rows, GROUPS, plan)
     beside = {}
     for column, how in (("accuracy", "running statistics"), ("precise", "precise statistics")):
-        by = _accuracies(rows, "fair", best, column)
+        by = _accuracies(tuned, "fair", column)
         for arm in DEVICES:
             if arm != _ONE and (column, arm) != ("accuracy", _MOST):
                 beside[f"1 device − {arm}, {how}"] = less(by[_ONE], by[arm], 100)
@@ -247,14 +234,8 @@ def judge(rows: list[Row]) -> list[Verdict]:
         for size in plan.exact:
             last = ends(rows, f"{mode}_{size}_last", {"part": "exact"})
             beside[f"relative error after 5 steps, {mode}, {size} ranks"] = last
-    setting = Setting(
-        "devices",
-        budget,
-        data,
-        "MLP 100-100, batches of 32",
-        "each number of devices at its best learning rate",
-        "points of accuracy",
-        plan.decides,
+    setting = tuned.setting(
+        "devices", "MLP 100-100, batches of 32", "each number of devices at its best learning rate"
     )
     words = Words(
         "statistics that each of 8 devices takes alone cost accuracy, and synchronized ones are "
@@ -268,10 +249,10 @@ def judge(rows: list[Row]) -> list[Verdict]:
             "multi-gpu",
             setting,
             words,
-            _asked(rows, "fair", best),
-            _asked(rows, "pilot", best),
+            _asked(tuned, "fair"),
+            _asked(tuned, "pilot"),
             least=LEAST_SEEDS,
-            notes=notes,
+            notes=tuned.notes(),
             published={},
             beside=beside,
         )
@@ -284,9 +265,7 @@ def figures(rows: list[Row]) -> list[dict[str, Any]]:
         return []
     return trained_figures(
         "devices",
-        rows,
-        GROUPS,
-        PLANS[str(rows[0]["budget"])],
+        settle(rows, GROUPS, PLANS[str(rows[0]["budget"])]),
         "Test accuracy on {where} with batches of 32 on several devices",
         "Statistics of each device's own shard, each number at its best learning rate.",
         "by the number of devices",

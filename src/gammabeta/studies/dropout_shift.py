@@ -317,7 +317,7 @@ def judge(rows: list[Row]) -> list[Verdict]:
             "the measured ratio over the formula is {weakest}",
         ),
         all_controlled(joint(parts, LEAST_SEEDS), control),
-        pilot={name: list(v.values()) for name, v in _errors(rows, "pilot").items()},
+        pilot=_errors(rows, "pilot"),
         planned=_planned(rows),
         notes=notes,
     )

@@ -36,32 +36,28 @@ Rows: arm fields part, group ("GroupNorm"), arm ("B = 2"), rate; `step`, `accura
 """
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
 from torch import nn
 
 from gammabeta._runs import Row, Scalar
-from gammabeta.studies._answer import Setting, Words
+from gammabeta.studies._answer import Words
 from gammabeta.studies._asked import Asked, Parts, ends, less, planned, verdict
 from gammabeta.studies._claims import claims
 from gammabeta.studies._data import Images
 from gammabeta.studies._experiments import Cell
 from gammabeta.studies._nets import m2
-from gammabeta.studies._pairs import collect
 from gammabeta.studies._train import accuracy, fair_split, log_steps, pixels, stream, train
 from gammabeta.studies._tuned import (
     EQUIVALENCE_SEEDS,
-    KEYS,
-    Best,
     Trained,
-    chosen,
-    diverged_note,
-    guessed,
+    Tuned,
+    guess,
     needed,
-    search,
+    own,
+    settle,
     trained_figures,
-    tuning_notes,
 )
 from gammabeta.studies._verdict import Verdict
 
@@ -97,19 +93,15 @@ PLANS = {
 def cells(budget: str, data: str, seeds: int | None, rows: list[Row]) -> list[Cell]:
     """Tuning until every grid is settled; then the main runs; pilot; more seeds."""
     plan = PLANS[budget]
-    rows = [r for r in rows if (r["budget"], r["data"]) == (budget, data)]
-
-    def asked(best: Best) -> list[int | None]:
-        return [planned(_asked(rows, "pilot", best), EQUIVALENCE_SEEDS)]
-
-    wanted = needed(rows, GROUPS, plan, seeds, asked)
-    return [_cell(plan, *wish) for wish in wanted]
+    tuned = settle(own(rows, budget, data), GROUPS, plan)
+    asked = planned(_asked(tuned, "pilot"), EQUIVALENCE_SEEDS)
+    return [_cell(plan, *wish) for wish in needed(tuned, plan.seeds, seeds, [asked])]
 
 
 def expected(budget: str, data: str, seeds: int | None) -> list[Cell]:
     """About what a whole run asks for: grids grow once, the pilot asks for half as many more."""
     plan = PLANS[budget]
-    wanted = guessed(GROUPS, plan, seeds, EQUIVALENCE_SEEDS * 3 // 2, (0.01,))
+    wanted = needed(guess(GROUPS, plan, (0.01,)), plan.seeds, seeds, [EQUIVALENCE_SEEDS * 3 // 2])
     return [_cell(plan, *wish) for wish in wanted]
 
 
@@ -157,12 +149,12 @@ def measure(arm: Mapping[str, Scalar], seed: int, budget: str, data: Images) -> 
 # -- what it means ------------------------------------------------------------------------------
 
 
-def _shares(rows: Sequence[Row], part: str, best: Best) -> dict[str, dict[int, float]]:
+def _shares(tuned: Tuned, part: str) -> dict[str, dict[int, float]]:
     """Accuracy by batch size and seed."""
     found = {}
     for name in BATCHES:
-        rate = best.get(GN, {}).get(name, math.nan)
-        found[name] = ends(rows, "accuracy", {"part": part, "arm": name, "rate": rate})
+        rate = tuned.best.get(GN, {}).get(name, math.nan)
+        found[name] = ends(tuned.rows, "accuracy", {"part": part, "arm": name, "rate": rate})
     return found
 
 
@@ -182,10 +174,10 @@ def slope(by: Mapping[str, Mapping[int, float]]) -> dict[int, float]:
     }
 
 
-def _asked(rows: Sequence[Row], part: str, best: Best) -> Parts:
+def _asked(tuned: Tuned, part: str) -> Parts:
     """The part of the claim, from the fair or the pilot's rows."""
     delta = claims()["gn-small"].thresholds["delta"]
-    values = slope(_shares(rows, part, best))
+    values = slope(_shares(tuned, part))
     return {_SLOPE: Asked(values, "equivalence", delta, delta)}
 
 
@@ -193,24 +185,18 @@ def judge(rows: list[Row]) -> list[Verdict]:
     """One claim; what is missing makes it inconclusive."""
     if not rows:
         return []
-    budget, data = str(rows[0]["budget"]), str(rows[0]["data"])
-    plan, runs = PLANS[budget], collect(rows, KEYS)
-    tunings = search(runs, GROUPS, plan.rates, grow=plan.decides)
-    best = chosen(tunings)
-    notes = tuning_notes(tunings, budget, decides=plan.decides) + diverged_note(runs)
-    by = _shares(rows, "fair", best)
+    plan = PLANS[str(rows[0]["budget"])]
+    tuned = settle(rows, GROUPS, plan)
+    by = _shares(tuned, "fair")
     beside = {
         f"{name} − B = 64 (points)": less(by[name], by["B = 64"], 100)
         for name in ("B = 2", "B = 8")
     }
-    setting = Setting(
+    setting = tuned.setting(
         "group-norm",
-        budget,
-        data,
         f"MLP 100-100 on {plan.images:,} images",
         "each batch size at its best learning rate, equal epochs",
         "points of accuracy per doubling of the batch",
-        plan.decides,
     )
     words = Words(
         "accuracy with GroupNorm does not depend on the batch: {weakest}",
@@ -222,10 +208,10 @@ def judge(rows: list[Row]) -> list[Verdict]:
             "gn-small",
             setting,
             words,
-            _asked(rows, "fair", best),
-            _asked(rows, "pilot", best),
+            _asked(tuned, "fair"),
+            _asked(tuned, "pilot"),
             least=EQUIVALENCE_SEEDS,
-            notes=notes,
+            notes=tuned.notes(),
             beside=beside,
         )
     ]
@@ -237,9 +223,7 @@ def figures(rows: list[Row]) -> list[dict[str, Any]]:
         return []
     return trained_figures(
         "group-norm",
-        rows,
-        GROUPS,
-        PLANS[str(rows[0]["budget"])],
+        settle(rows, GROUPS, PLANS[str(rows[0]["budget"])]),
         "Test accuracy on {where} with GroupNorm, by batch size",
         "Equal epochs, each batch size at its best learning rate.",
         "by batch size",

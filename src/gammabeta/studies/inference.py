@@ -64,35 +64,32 @@ Rows: arm fields part, group, arm ("bn", or "eval": trained in eval mode), rate;
 """
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
 import torch
 
 from gammabeta._runs import Row, Scalar
 from gammabeta.models.freezing import freeze
-from gammabeta.studies._answer import PLACES, Setting, Words
+from gammabeta.studies._answer import Words
 from gammabeta.studies._asked import Asked, Parts, ends, less, planned, verdict
 from gammabeta.studies._claims import claims
 from gammabeta.studies._data import Images
 from gammabeta.studies._experiments import Cell
 from gammabeta.studies._inference.modes import DOMAINS, REFERENCE, domains, flags, with_population
 from gammabeta.studies._inference.networks import GROUPS, built
-from gammabeta.studies._pairs import collect
 from gammabeta.studies._train import accuracy, fair_split, log_steps, pixels, stream, train
 from gammabeta.studies._tuned import (
     EQUIVALENCE_SEEDS,
-    KEYS,
     LEAST_SEEDS,
-    Best,
     Trained,
-    chosen,
-    diverged_note,
-    guessed,
+    Tuned,
+    guess,
     needed,
-    search,
+    own,
+    place,
+    settle,
     tuning_figure,
-    tuning_notes,
 )
 from gammabeta.studies._verdict import Verdict
 
@@ -128,19 +125,17 @@ PLANS = {
 def cells(budget: str, data: str, seeds: int | None, rows: list[Row]) -> list[Cell]:
     """Tuning until every grid is settled; then the main runs; pilot; more seeds."""
     plan = PLANS[budget]
-    rows = [r for r in rows if (r["budget"], r["data"]) == (budget, data)]
-
-    def asked(best: Best) -> list[int | None]:
-        return [planned(_asked(claim, rows, "pilot", best), LEAST[claim]) for claim in CLAIMS]
-
-    wanted = needed(rows, GROUPS, plan, seeds, asked)
-    return [_cell(plan, *wish) for wish in wanted if not _spare(*wish)]
+    tuned = settle(own(rows, budget, data), GROUPS, plan)
+    asked = [planned(_asked(claim, tuned, "pilot"), LEAST[claim]) for claim in CLAIMS]
+    return [
+        _cell(plan, *wish) for wish in needed(tuned, plan.seeds, seeds, asked) if not _spare(*wish)
+    ]
 
 
 def expected(budget: str, data: str, seeds: int | None) -> list[Cell]:
     """About what a whole run asks for: no grid grows, the pilot asks for half as many more."""
     plan = PLANS[budget]
-    wanted = guessed(GROUPS, plan, seeds, EQUIVALENCE_SEEDS * 3 // 2)
+    wanted = needed(guess(GROUPS, plan), plan.seeds, seeds, [EQUIVALENCE_SEEDS * 3 // 2])
     return [_cell(plan, *wish) for wish in wanted if not _spare(*wish)]
 
 
@@ -205,16 +200,15 @@ def measure(arm: Mapping[str, Scalar], seed: int, budget: str, data: Images) -> 
 # -- what it means ------------------------------------------------------------------------------
 
 
-def _asked(claim: str, rows: Sequence[Row], part: str, best: Best) -> Parts:
+def _asked(claim: str, tuned: Tuned, part: str) -> Parts:
     """The parts of a claim, from the fair or the pilot's rows; none before the rates are chosen."""
-    if len(best) < len(GROUPS):
+    if len(tuned.best) < len(GROUPS):
         return {}
     limits = claims()[claim].thresholds
     delta, found = limits["delta"], {}
 
     def by(group: str, column: str) -> dict[int, float]:
-        rate = best[group]["bn"]
-        return ends(rows, column, {"part": part, "group": group, "arm": "bn", "rate": rate})
+        return ends(tuned.rows, column, _arm(tuned, group, part=part))
 
     def lost(group: str, of: str, to: str) -> dict[int, float]:
         return less(by(group, of), by(group, to), 100)
@@ -240,14 +234,18 @@ def _asked(claim: str, rows: Sequence[Row], part: str, best: Best) -> Parts:
     return found
 
 
-def _beside(claim: str, rows: Sequence[Row], best: Best) -> dict[str, dict[int, float]]:
+def _arm(tuned: Tuned, group: str, arm: str = "bn", part: str = "fair") -> dict[str, Scalar]:
+    return {"part": part, "group": group, "arm": arm, "rate": tuned.best[group][arm]}
+
+
+def _beside(claim: str, tuned: Tuned) -> dict[str, dict[int, float]]:
     """What is shown: accuracy lost in points, by seed."""
+    rows = tuned.rows
     found: dict[str, dict[int, float]] = {}
-    if len(best) < len(GROUPS):
+    if len(tuned.best) < len(GROUPS):
         return found
     for group in NETWORKS:
-        arm: dict[str, Scalar] = {"part": "fair", "group": group, "arm": "bn"}
-        arm["rate"] = best[group]["bn"]
+        arm = _arm(tuned, group)
         last = ends(rows, "running", arm)
         lost = {
             "inference-running": {
@@ -284,8 +282,7 @@ def _beside(claim: str, rows: Sequence[Row], best: Best) -> dict[str, dict[int, 
                 found[f"error by clean statistics, {kind}, {group}"] = error
     if claim == "train-flag":
         properly, wrongly = (
-            ends(rows, "accuracy", {"part": "fair", "group": "dense", "arm": a, "rate": rate})
-            for a, rate in best["dense"].items()
+            ends(rows, "accuracy", _arm(tuned, "dense", a)) for a in tuned.best["dense"]
         )
         found["trained in training − in eval mode, dense"] = less(properly, wrongly, 100)
     return found
@@ -295,31 +292,18 @@ def judge(rows: list[Row]) -> list[Verdict]:
     """All claims; what is missing makes them inconclusive."""
     if not rows:
         return []
-    budget, data = str(rows[0]["budget"]), str(rows[0]["data"])
-    plan, runs = PLANS[budget], collect(rows, KEYS)
-    tunings = search(runs, GROUPS, plan.rates, grow=plan.decides)
-    best = chosen(tunings)
-    notes = tuning_notes(tunings, budget, decides=plan.decides) + diverged_note(runs)
-    setting = Setting(
-        "inference",
-        budget,
-        data,
-        "MLP 100-100 and two convolutions",
-        "each network at its best learning rate",
-        "points of accuracy",
-        plan.decides,
-    )
+    tuned = settle(rows, GROUPS, PLANS[str(rows[0]["budget"])])
     return [
         verdict(
             claim,
-            setting,
+            tuned.setting("inference", "MLP 100-100 and two convolutions"),
             WORDS[claim],
-            _asked(claim, rows, "fair", best),
-            _asked(claim, rows, "pilot", best),
+            _asked(claim, tuned, "fair"),
+            _asked(claim, tuned, "pilot"),
             least=LEAST[claim],
-            notes=notes,
+            notes=tuned.notes(),
             published=None if claim == "domain-stats" else {},
-            beside=_beside(claim, rows, best),
+            beside=_beside(claim, tuned),
         )
         for claim in CLAIMS
     ]
@@ -355,14 +339,12 @@ def figures(rows: list[Row]) -> list[dict[str, Any]]:
     """Accuracy by the size of the test batches, and how the rates were chosen."""
     if not rows:
         return []
-    plan, runs = PLANS[str(rows[0]["budget"])], collect(rows, KEYS)
-    where = PLACES.get(str(rows[0]["data"]), str(rows[0]["data"]))
-    best = chosen(search(runs, GROUPS, plan.rates, grow=plan.decides))
+    plan = PLANS[str(rows[0]["budget"])]
+    tuned = settle(rows, GROUPS, plan)
     sizes = {"batch_1": 1, "batch_2": 2, "batch_8": 8, "batch_64": 64, "whole": plan.images}
     panels: list[dict[str, Any]] = []
-    for group in best:
-        arm: dict[str, Scalar] = {"part": "fair", "group": group, "arm": "bn"}
-        arm["rate"] = best[group]["bn"]
+    for group in tuned.best:
+        arm = _arm(tuned, group)
         series = []
         by = {m: list(ends(rows, column, arm).values()) for column, m in sizes.items()}
         running = list(ends(rows, "running", arm).values())
@@ -384,7 +366,7 @@ def figures(rows: list[Row]) -> list[dict[str, Any]]:
                     }
                 )
             panels.append({"title": group, "series": series})
-    title = f"Test accuracy on {where} by the statistics that normalize"
+    title = f"Test accuracy on {place(rows)} by the statistics that normalize"
     said = "; ".join(
         f"{p['title']} {s['y'][0]:.1f} to {s['y'][-1]:.1f} % {s['name']}"
         for p in panels
@@ -402,5 +384,7 @@ def figures(rows: list[Row]) -> list[dict[str, Any]]:
         "y": {"label": "accuracy (%)", "log": False},
         "panels": panels,
     }
-    tuned = tuning_figure("inference", "tuning", rows, runs, GROUPS, "for each network")
-    return [*([drawn] if panels else []), *tuned]
+    return [
+        *([drawn] if panels else []),
+        *tuning_figure("inference", tuned, "for each network"),
+    ]

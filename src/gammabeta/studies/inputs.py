@@ -74,7 +74,7 @@ from typing import Any, NamedTuple
 from torch import Tensor, nn
 
 from gammabeta._runs import Row, Scalar
-from gammabeta.studies._answer import PLACES, Setting, Words
+from gammabeta.studies._answer import Setting, Words
 from gammabeta.studies._claims import claims
 from gammabeta.studies._data import Images
 from gammabeta.studies._experiments import Cell
@@ -82,22 +82,25 @@ from gammabeta.studies._joint import Part, joint
 from gammabeta.studies._learning_rate.speed import reached
 from gammabeta.studies._nets import MLP
 from gammabeta.studies._outcomes import alone, asked_for, beside, by_weakest
-from gammabeta.studies._pairs import Runs, Tuning, collect, curve, curves
+from gammabeta.studies._pairs import collect, curve
 from gammabeta.studies._train import accuracy, fair_split, log_steps, pixels, stream, train
 from gammabeta.studies._tuned import (
+    BAND,
     KEYS,
     LEAST_SEEDS,
     MOST_SEEDS,
     PILOT_SEEDS,
-    Best,
     Trained,
+    Tuned,
     Wish,
-    chosen,
     complete,
     diverged_note,
     fair_verdict,
-    minus,
-    search,
+    figure,
+    guess,
+    own,
+    place,
+    settle,
     shown,
     tuning_figure,
     tuning_notes,
@@ -164,41 +167,32 @@ PLANS = {
 def cells(budget: str, data: str, seeds: int | None, rows: list[Row]) -> list[Cell]:
     """Tuning until both grids are settled; then all arms; pilot; more seeds of what decides."""
     plan = PLANS[budget]
-    runs = collect([r for r in rows if (r["budget"], r["data"]) == (budget, data)], KEYS)
-    tunings = search(runs, GROUPS, plan.rates, grow=plan.decides)
-    best = chosen(tunings)
-    planned = {claim: _planned(runs, best, claim) for claim in CLAIMS}
-    return _wanted(plan, tunings, best, seeds, planned)
+    tuned = settle(own(rows, budget, data), GROUPS, plan)
+    return _wanted(plan, tuned, seeds, {claim: _planned(tuned, claim) for claim in CLAIMS})
 
 
 def expected(budget: str, data: str, seeds: int | None) -> list[Cell]:
     """About what a whole run asks for: grids grow by one rate, the pilot asks for many seeds."""
     plan = PLANS[budget]
-    rates = (*plan.rates, 3.0) if plan.decides else plan.rates
-    guess = {group: dict.fromkeys(arms, plan.rates[0]) for group, arms in GROUPS.items()}
     planned = {"zero-centred": 10, "input-norm-speed": MOST_SEEDS}
-    return _wanted(plan, search({}, GROUPS, rates, grow=False), guess, seeds, planned)
+    return _wanted(plan, guess(GROUPS, plan, (3.0,)), seeds, planned)
 
 
 def _wanted(
-    plan: Plan,
-    tunings: Mapping[str, Tuning],
-    best: Best,
-    seeds: int | None,
-    planned: Mapping[str, int | None],
+    plan: Plan, tuned: Tuned, seeds: int | None, planned: Mapping[str, int | None]
 ) -> list[Cell]:
-    wanted = wishes(GROUPS, tunings, None, least=0, seeds=seeds, pilot=False, planned=None)
-    count = plan.seeds if seeds is None else seeds
+    best, count = tuned.best, plan.seeds if seeds is None else seeds
+    wanted = wishes(GROUPS, tuned.tunings, None, least=0, seeds=seeds, pilot=False, planned=None)
     for group, rates in best.items():
         every = [Trained(group, arm, rate) for arm, rate in rates.items()]
         wanted += [Wish(1, seed, "fair", what) for seed in range(count) for what in every]
     if seeds is None and plan.decides and "input" in best:
         for claim, asked in planned.items():
             arms = dict.fromkeys(arm for pair in CONTRASTS[claim].values() for arm in pair)
-            own = [Trained("input", arm, best["input"][arm]) for arm in arms]
-            wanted += [Wish(2, seed, "pilot", what) for seed in PILOT_SEEDS for what in own]
+            judged = [Trained("input", arm, best["input"][arm]) for arm in arms]
+            wanted += [Wish(2, seed, "pilot", what) for seed in PILOT_SEEDS for what in judged]
             more = range(count, asked or 0)
-            wanted += [Wish(3, seed, "fair", what) for seed in more for what in own]
+            wanted += [Wish(3, seed, "fair", what) for seed in more for what in judged]
     return [_cell(plan, *wish) for wish in dict.fromkeys(wanted)]
 
 
@@ -212,19 +206,15 @@ def _cell(plan: Plan, wave: int, seed: int, part: str, what: Trained) -> Cell:
 
 
 def _differences(
-    runs: Runs, part: str, best: Best, pairs: Mapping[str, tuple[str, str]], group: str = "input"
+    tuned: Tuned, part: str, pairs: Mapping[str, tuple[str, str]], group: str = "input"
 ) -> dict[str, dict[int, float]]:
     """Test accuracy, one arm minus another, by contrast and seed."""
-    rates = best.get(group, {})
-    return {
-        name: minus(runs, part, *(Trained(group, arm, rates[arm]) for arm in pair)) if rates else {}
-        for name, pair in pairs.items()
-    }
+    return {name: tuned.minus(part, group, *pair) for name, pair in pairs.items()}
 
 
-def _planned(runs: Runs, best: Best, claim: str) -> int | None:
+def _planned(tuned: Tuned, claim: str) -> int | None:
     """Seeds that the pilot asks for, None before it is complete."""
-    pilot = _differences(runs, "pilot", best, CONTRASTS[claim])
+    pilot = _differences(tuned, "pilot", CONTRASTS[claim])
     if not complete(pilot):
         return None
     deltas = dict.fromkeys(pilot, claims()[claim].thresholds["delta"])
@@ -332,58 +322,45 @@ def judge(rows: list[Row]) -> list[Verdict]:
     """Both claims, fair; what is missing makes them inconclusive."""
     if not rows:
         return []
-    budget, data = str(rows[0]["budget"]), str(rows[0]["data"])
-    plan, runs = PLANS[budget], collect(rows, KEYS)
-    tunings = search(runs, GROUPS, plan.rates, grow=plan.decides)
-    best = chosen(tunings)
-    notes = _tuning_notes(tunings, budget, plan) + diverged_note(runs)
-    setting = Setting(
+    tuned = settle(rows, GROUPS, PLANS[str(rows[0]["budget"])])
+    notes = _tuning_notes(tuned) + diverged_note(tuned.runs)
+    setting = tuned.setting(
         "inputs",
-        budget,
-        data,
         "MLP 100-100 without batch normalization",
         "each kind of input at its best learning rate",
-        "points of accuracy",
-        plan.decides,
     )
     return [
-        _centered_verdict(rows, runs, best, setting, notes),
-        _normalized_verdict(rows, runs, best, setting, notes),
+        _centered_verdict(tuned, setting, notes),
+        _normalized_verdict(tuned, setting, notes),
     ]
 
 
-def _tuning_notes(tunings: Mapping[str, Tuning], budget: str, plan: Plan) -> list[str]:
+def _tuning_notes(tuned: Tuned) -> list[str]:
     """Rates as they were used, not in units."""
     real = {}
-    for group, tuning in tunings.items():
+    for group, tuning in tuned.tunings.items():
         best = tuning.best
         if best is not None and group == "input":
             best = {arm: rate * UNITS[arm] for arm, rate in best.items()}
         real[group] = tuning._replace(best=best)
-    return tuning_notes(real, budget, decides=plan.decides)
+    return tuning_notes(real, str(tuned.rows[0]["budget"]), decides=tuned.plan.decides)
 
 
-def _centered_verdict(
-    rows: Sequence[Row], runs: Runs, best: Best, setting: Setting, common: Sequence[str]
-) -> Verdict:
+def _centered_verdict(tuned: Tuned, setting: Setting, common: Sequence[str]) -> Verdict:
     claim, notes = "zero-centred", list(common)
     (name,) = CONTRASTS[claim]
-    found = _differences(runs, "fair", best, CONTRASTS[claim])[name]
+    found = _differences(tuned, "fair", CONTRASTS[claim])[name]
     others = {
         f"centered − {PLAIN}": ("centered", PLAIN),
         f"{PLAIN} − (x + 1)": (PLAIN, "x + 1"),
     }
-    more = []
-    for other, by_seed in _differences(runs, "fair", best, others).items():
-        more += shown(other, list(by_seed.values()))
-    pair = {"hidden tanh − sigmoid": ACTIVATIONS}
-    for other, by_seed in _differences(runs, "fair", best, pair, "activation").items():
-        more += shown(other, list(by_seed.values()))
-    shares = _shares(rows)
+    seen = _differences(tuned, "fair", others)
+    seen |= _differences(tuned, "fair", {"hidden tanh − sigmoid": ACTIVATIONS}, "activation")
+    more = [cell for other, by in seen.items() for cell in shown(other, list(by.values()))]
+    shares = _shares(tuned.rows)
     if shares:
         said = ", ".join(f"{arm} {shares[arm]:.3f}" for arm in UNITS if arm in shares)
         notes.append(f"Share of the largest eigenvalue in the inputs' second moment: {said}.")
-    pilot = _differences(runs, "pilot", best, CONTRASTS[claim])
     verdict = fair_verdict(
         claim,
         setting,
@@ -393,26 +370,24 @@ def _centered_verdict(
             "the difference is {weakest}",
         ),
         alone(name, superiority(found.values(), claims()[claim].thresholds["delta"], LEAST_SEEDS)),
-        pilot={key: list(by_seed.values()) for key, by_seed in pilot.items()},
-        planned=_planned(runs, best, claim),
+        pilot=_differences(tuned, "pilot", CONTRASTS[claim]),
+        planned=_planned(tuned, claim),
         notes=notes,
     )
     return beside(verdict, more)
 
 
-def _normalized_verdict(
-    rows: Sequence[Row], runs: Runs, best: Best, setting: Setting, common: Sequence[str]
-) -> Verdict:
+def _normalized_verdict(tuned: Tuned, setting: Setting, common: Sequence[str]) -> Verdict:
     claim, notes, more = "input-norm-speed", list(common), []
     delta = claims()[claim].thresholds["delta"]
     pairs = CONTRASTS[claim]
     parts = {
         name: Part(list(by_seed.values()), "superiority", delta, level=LEVELS[pairs[name][0]])
-        for name, by_seed in _differences(runs, "fair", best, pairs).items()
+        for name, by_seed in _differences(tuned, "fair", pairs).items()
     }
     late = 0
     for arm in LEVELS:
-        logs, missed = _speed(rows, best, arm)
+        logs, missed = _speed(tuned, arm)
         more += shown(f"ln of the steps to 90 %, {RAW} / {arm}", list(logs.values()), "speed")
         late += missed
     if late:
@@ -420,7 +395,6 @@ def _normalized_verdict(
             f"Runs that did not reach 90 %, counted as their last step: {late}, those of "
             f"{RAW} once for each input that they are compared with."
         )
-    pilot = _differences(runs, "pilot", best, pairs)
     verdict = fair_verdict(
         claim,
         setting,
@@ -432,8 +406,8 @@ def _normalized_verdict(
             "not: {refuted}",
         ),
         by_weakest(joint(parts, LEAST_SEEDS)),
-        pilot={key: list(by_seed.values()) for key, by_seed in pilot.items()},
-        planned=_planned(runs, best, claim),
+        pilot=_differences(tuned, "pilot", pairs),
+        planned=_planned(tuned, claim),
         notes=notes,
     )
     return beside(verdict, more)
@@ -449,11 +423,11 @@ def _shares(rows: Sequence[Row]) -> dict[str, float]:
     return {arm: statistics.fmean(values) for arm, values in found.items()}
 
 
-def _speed(rows: Sequence[Row], best: Best, arm: str) -> tuple[dict[int, float], int]:
+def _speed(tuned: Tuned, arm: str) -> tuple[dict[int, float], int]:
     """ln of the ratio of steps to the target, raw over an input, by seed; how many came late."""
-    rates = best.get("input", {})
+    rates = tuned.best.get("input", {})
     looks: dict[str, dict[int, dict[int, float]]] = {RAW: {}, arm: {}}
-    for row in rows:
+    for row in tuned.rows:
         name, seed, step = str(row.get("arm")), row["seed"], row["step"]
         ours = name in looks and (row.get("part"), row.get("rate")) == ("fair", rates.get(name))
         share = row.get("validation")
@@ -475,27 +449,21 @@ def figures(rows: list[Row]) -> list[dict[str, Any]]:
     """Validation accuracy over the steps for each input, and how the rates were chosen."""
     if not rows:
         return []
-    plan, runs = PLANS[str(rows[0]["budget"])], collect(rows, KEYS)
-    where = PLACES.get(str(rows[0]["data"]), str(rows[0]["data"]))
-    best = chosen(search(runs, GROUPS, plan.rates, grow=plan.decides))
+    tuned = settle(rows, GROUPS, PLANS[str(rows[0]["budget"])])
     looks = collect(
         [{**row, "accuracy": row["validation"]} for row in rows if "validation" in row], KEYS
     )
     panels = []
-    for group, rates in best.items():
+    for group, rates in tuned.best.items():
         for arm, rate in rates.items():
-            ended = looks.get(("fair", *Trained(group, arm, rate)), {})
-            if ended:
+            if ended := looks.get(("fair", group, arm, rate)):
                 title = arm if group == "input" else f"hidden {arm}"
                 panels.append({"title": title, "series": [{**curve(ended, "none"), "name": arm}]})
-    drawn = curves(
-        "inputs",
-        "fair",
-        f"Validation accuracy on {where} for each kind of input, without batch normalization",
-        "Each at its best learning rate. Mean over seeds; the band is its 95 % interval.",
-        "training step",
-        panels,
+    title = (
+        f"Validation accuracy on {place(rows)} for each kind of input, without batch normalization"
     )
-    own = {"input": GROUPS["input"]}
-    tuned = tuning_figure("inputs", "tuning", rows, runs, own, "in units of each kind of input")
-    return [*([drawn] if panels else []), *tuned]
+    inputs, what = {"input": GROUPS["input"]}, "in units of each kind of input"
+    return [
+        *figure("inputs", "fair", title, f"Each at its best learning rate. {BAND}", panels),
+        *tuning_figure("inputs", tuned, what, inputs),
+    ]

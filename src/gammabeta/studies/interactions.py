@@ -75,7 +75,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from gammabeta._runs import Row, Scalar
-from gammabeta.studies._answer import PLACES, Setting, Words
+from gammabeta.studies._answer import Words
 from gammabeta.studies._beside import answered, control_note, helped
 from gammabeta.studies._claims import claims
 from gammabeta.studies._data import Images
@@ -102,24 +102,25 @@ from gammabeta.studies._interactions.looks import (
 )
 from gammabeta.studies._joint import Part, joint
 from gammabeta.studies._nets import MLP
-from gammabeta.studies._pairs import NORMS, Runs, collect
+from gammabeta.studies._outcomes import asked_for
+from gammabeta.studies._pairs import NORMS
 from gammabeta.studies._points import Axes, drawings
 from gammabeta.studies._train import accuracy, batches, fair_split, log_steps, pixels, stream, train
 from gammabeta.studies._tuned import (
-    KEYS,
     LEAST_SEEDS,
     MOST_SEEDS,
     Best,
     Trained,
-    chosen,
+    Tuned,
     complete,
-    diverged_note,
-    search,
+    guess,
+    needed,
+    own,
+    place,
+    settle,
     tuning_figure,
-    tuning_notes,
-    wishes,
 )
-from gammabeta.studies._verdict import Verdict, controlled, planned_n
+from gammabeta.studies._verdict import Outcome, Verdict, controlled
 
 CLAIMS = ("stale-update", "simultaneous-error")
 
@@ -156,38 +157,16 @@ PLANS = {
 def cells(budget: str, data: str, seeds: int | None, rows: list[Row]) -> list[Cell]:
     """The chain, as published, tuning until the grids are settled; main runs; pilot; more seeds."""
     plan = PLANS[budget]
-    rows = [r for r in rows if (r["budget"], r["data"]) == (budget, data)]
-    tunings = search(collect(rows, KEYS), GROUPS, plan.rates, grow=plan.decides)
-    best = chosen(tunings)
-    wanted = wishes(
-        GROUPS,
-        tunings,
-        _main(best) if len(best) == len(GROUPS) else None,
-        least=plan.seeds,
-        seeds=seeds,
-        pilot=plan.decides,
-        planned=_planned(seen_by(rows), best),
-    )
+    tuned = settle(own(rows, budget, data), GROUPS, plan)
+    wanted = needed(tuned, plan.seeds, seeds, [_planned(seen_by(tuned.rows), tuned.best)])
     return [_cell(plan, *wish) for wish in wanted] + _others(plan, seeds)
 
 
 def expected(budget: str, data: str, seeds: int | None) -> list[Cell]:
     """About what a whole run asks for: one value more of each grid, twice the least seeds."""
     plan = PLANS[budget]
-    wanted = wishes(
-        GROUPS,
-        search({}, GROUPS, (*plan.rates, 1.0) if plan.decides else plan.rates, grow=False),
-        _main({group: dict.fromkeys(NORMS, plan.rates[0]) for group in GROUPS}),
-        least=plan.seeds,
-        seeds=seeds,
-        pilot=plan.decides,
-        planned=2 * LEAST_SEEDS,
-    )
+    wanted = needed(guess(GROUPS, plan, (1.0,)), plan.seeds, seeds, [2 * LEAST_SEEDS])
     return [_cell(plan, *wish) for wish in wanted] + _others(plan, seeds)
-
-
-def _main(best: Best) -> list[Trained]:
-    return [Trained(group, norm, best[group][norm]) for group in GROUPS for norm in NORMS]
 
 
 def _others(plan: Plan, seeds: int | None) -> list[Cell]:
@@ -248,9 +227,7 @@ def _planned(seen: Seen, best: Best) -> int | None:
         return None
     limits = {name: claims()["simultaneous-error"].thresholds["delta"] for name in pilot}
     limits[_RISES] = claims()["stale-update"].thresholds["delta"]
-    return max(
-        planned_n(v.values(), limits[name], LEAST_SEEDS, MOST_SEEDS) for name, v in pilot.items()
-    )
+    return asked_for(pilot, limits, LEAST_SEEDS, MOST_SEEDS)
 
 
 # -- one cell -----------------------------------------------------------------------------------
@@ -310,42 +287,21 @@ def judge(rows: list[Row]) -> list[Verdict]:
     """Both claims, fair and as published; what is missing makes them inconclusive."""
     if not rows:
         return []
-    budget, data = str(rows[0]["budget"]), str(rows[0]["data"])
-    plan, runs, seen = PLANS[budget], collect(rows, KEYS), seen_by(rows)
-    tunings = search(runs, GROUPS, plan.rates, grow=plan.decides)
-    best = chosen(tunings)
-    notes = tuning_notes(tunings, budget, decides=plan.decides) + diverged_note(runs)
-    setting = Setting(
-        "interactions",
-        budget,
-        data,
-        "MLP of four layers",
-        "each network at its best learning rate, at equal relative steps",
-        "share of steps",
-        plan.decides,
-    )
-    return [
-        _stale_verdict(seen, runs, best, setting, notes),
-        _error_verdict(seen, runs, best, setting, notes),
-    ]
+    tuned, seen = settle(rows, GROUPS, PLANS[str(rows[0]["budget"])]), seen_by(rows)
+    return [_stale_verdict(seen, tuned), _error_verdict(seen, tuned)]
 
 
-def _stale_verdict(
-    seen: Seen, runs: Runs, best: Best, setting: Setting, notes: Sequence[str]
-) -> Verdict:
+def _stale_verdict(seen: Seen, tuned: Tuned) -> Verdict:
+    runs, best = tuned.runs, tuned.best
     limits = claims()["stale-update"].thresholds
     rates, same = best.get(STALE, {}), dict.fromkeys(NORMS, PUBLISHED_RATE)
     control = helped(runs, "fair", STALE, rates, limits["control"])
     control_there = helped(runs, "published", STALE, same, limits["control"])
-    fair = joint(
-        {_RISES: Part(list(_rises(seen, "fair", best).values()), "superiority", limits["delta"])},
-        LEAST_SEEDS,
-    )
-    raw = raising(_arms(seen, "published", STALE, same), ["sgd"])
-    published = joint(
-        {_RISES: Part(list(raw.values()), "superiority", limits["delta"])}, LEAST_SEEDS
-    )
     arms, plain = _arms(seen, "fair", STALE, rates), _arms(seen, "published", STALE, same)
+    fair, published = (
+        joint({_RISES: Part(list(by.values()), "superiority", limits["delta"])}, LEAST_SEEDS)
+        for by in (_rises(seen, "fair", best), raising(plain, ["sgd"]))
+    )
     beside = {
         "share of stale layers, none − BN, at 3 %": stale(arms, "3"),
         "ln of the relative interaction, none − BN, at 3 %": logs(arms, "3"),
@@ -362,7 +318,12 @@ def _stale_verdict(
     more = [f"Steps that raise the loss, all lengths: {', '.join(rising)} BN."] if arms else []
     return answered(
         "stale-update",
-        setting,
+        tuned.setting(
+            "interactions",
+            "MLP of four layers",
+            "each network at its best learning rate, at equal relative steps",
+            "share of steps",
+        ),
         Words(
             "steps of all layers raise the loss less often with batch normalization: {weakest}",
             "steps of all layers raise the loss about as often with batch normalization as "
@@ -374,18 +335,16 @@ def _stale_verdict(
         delta=limits["delta"],
         pilot={_RISES: list(_rises(seen, "pilot", best).values())},
         planned=_planned(seen, best),
-        notes=[*notes, *control_note(control), *more],
+        notes=[*tuned.notes(), *control_note(control), *more],
         beside=beside,
     )
 
 
-def _error_verdict(
-    seen: Seen, runs: Runs, best: Best, setting: Setting, notes: Sequence[str]
-) -> Verdict:
-    limits = claims()["simultaneous-error"].thresholds
-    control = helped(runs, "fair", DEEPEST, best.get(DEEPEST, {}), limits["control"])
+def _error_verdict(seen: Seen, tuned: Tuned) -> Verdict:
+    limits, best = claims()["simultaneous-error"].thresholds, tuned.best
+    control = helped(tuned.runs, "fair", DEEPEST, best.get(DEEPEST, {}), limits["control"])
 
-    def judged(name: str) -> Any:
+    def judged(name: str) -> Outcome:
         found = error_slopes(seen, "fair", best, name)
         levels = {_SLOPE: "depth", _CURE: "BN against it"}
         parts = {
@@ -402,10 +361,11 @@ def _error_verdict(
     }
     return answered(
         "simultaneous-error",
-        setting._replace(
-            network="MLPs of 1 to 16 layers",
-            condition="each network at its best learning rate, where 10 % less loss is promised",
-            unit="slope of ln error over ln depth",
+        tuned.setting(
+            "interactions",
+            "MLPs of 1 to 16 layers",
+            "each network at its best learning rate, where 10 % less loss is promised",
+            "slope of ln error over ln depth",
         ),
         Words(
             "the error of the first-order promise grows with depth, and less so with batch "
@@ -420,7 +380,7 @@ def _error_verdict(
         delta=limits["delta"],
         pilot={n: list(v.values()) for n, v in error_slopes(seen, "pilot", best).items()},
         planned=_planned(seen, best),
-        notes=[*notes, *control_note(control)],
+        notes=[*tuned.notes(), *control_note(control)],
         beside=beside,
     )
 
@@ -439,9 +399,8 @@ def figures(rows: list[Row]) -> list[dict[str, Any]]:
     """Errors over depth, failing steps over their length, the chain, the tuning."""
     if not rows:
         return []
-    plan, runs, seen = PLANS[str(rows[0]["budget"])], collect(rows, KEYS), seen_by(rows)
-    best = chosen(search(runs, GROUPS, plan.rates, grow=plan.decides))
-    where = PLACES.get(str(rows[0]["data"]), str(rows[0]["data"]))
+    tuned, seen = settle(rows, GROUPS, PLANS[str(rows[0]["budget"])]), seen_by(rows)
+    where, best = place(rows), tuned.best
     names = {"bn": "with", "none": "without"}
     drawn = [row for row in rows if row.get("kind") == "curve"]
 
@@ -477,5 +436,5 @@ def figures(rows: list[Row]) -> list[dict[str, Any]]:
     }
     return [
         *drawings("interactions", axes, drawn),
-        *tuning_figure("interactions", "tuning", rows, runs, GROUPS, "by depth"),
+        *tuning_figure("interactions", tuned, "by depth"),
     ]

@@ -64,44 +64,47 @@ on the hidden units); `step`, `accuracy`, `loss`, `diverged`; speed: `step`, `va
 `finite`, `cpu_time`; ladder: `power`, `works`, `validation`.
 """
 
-import dataclasses
 import math
 import statistics
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from gammabeta._runs import Row, Scalar
-from gammabeta.studies._answer import PLACES, Setting, Words, answer
+from gammabeta.studies._answer import Words, answer
+from gammabeta.studies._beside import answered
 from gammabeta.studies._claims import claims
 from gammabeta.studies._data import Images
 from gammabeta.studies._experiments import Cell
 from gammabeta.studies._joint import Part, joint
 from gammabeta.studies._learning_rate import ladder, speed
 from gammabeta.studies._nets import MLP
-from gammabeta.studies._pairs import LABELS, NORMS, Runs, collect, curve, curves, rates_curve
+from gammabeta.studies._outcomes import asked_for, beside
+from gammabeta.studies._pairs import LABELS, NORMS, curve, rates_curve
 from gammabeta.studies._train import accuracy, fair_split, log_steps, pixels, stream, train
 from gammabeta.studies._tuned import (
+    BAND,
     EQUIVALENCE_SEEDS,
-    KEYS,
     LEAST_SEEDS,
     MOST_SEEDS,
     PILOT_SEEDS,
     TUNING_SEEDS,
     Best,
     Trained,
+    Tuned,
     Wish,
-    chosen,
     complete,
-    diverged_note,
     fair_verdict,
+    figure,
+    guess,
     minus,
-    search,
+    needed,
+    own,
+    place,
+    settle,
     shown,
     trials,
-    tuning_notes,
-    wishes,
 )
-from gammabeta.studies._verdict import Verdict, controlled, planned_n
+from gammabeta.studies._verdict import Verdict, controlled
 
 CLAIMS = ("bjorck-lr", "bn-speed", "higher-lr")
 
@@ -148,37 +151,29 @@ PLANS = {
 def cells(budget: str, data: str, seeds: int | None, rows: list[Row]) -> list[Cell]:
     """Tuning until both grids are settled; then the main runs; pilot; more seeds."""
     plan = PLANS[budget]
-    runs = collect([r for r in rows if (r["budget"], r["data"]) == (budget, data)], KEYS)
-    tunings = search(runs, GROUPS, plan.rates, grow=plan.decides)
-    best = chosen(tunings)
-    settled = best if len(best) == len(GROUPS) else None
-    wanted = wishes(
-        GROUPS,
-        tunings,
-        _main(settled) if settled else None,
-        least=plan.seeds,
-        seeds=seeds,
-        pilot=plan.decides,
-        planned=_planned(runs, best),
-    )
-    asked = {part: _planned_of(part, rows, best, plan) for part in ("speed", "ladder")}
-    return [_cell(plan, *wish) for wish in wanted + _others(plan, settled, seeds, asked)]
+    tuned = settle(own(rows, budget, data), GROUPS, plan)
+    asked = {part: _planned_of(part, tuned, plan) for part in ("speed", "ladder")}
+    return _wanted(plan, tuned, seeds, _planned(tuned), asked)
 
 
 def expected(budget: str, data: str, seeds: int | None) -> list[Cell]:
     """About what a whole run asks for: no grid grows, half as many seeds more than the least."""
     plan = PLANS[budget]
-    guess = {group: {"bn": plan.rates[-1], "none": plan.rates[0]} for group in GROUPS}
-    wanted = wishes(
-        GROUPS,
-        search({}, GROUPS, plan.rates, grow=False),
-        _main(guess),
-        least=plan.seeds,
-        seeds=seeds,
-        pilot=plan.decides,
-        planned=plan.seeds * 3 // 2,
-    )
-    return [_cell(plan, *wish) for wish in wanted + _others(plan, guess, seeds, {})]
+    best = {group: {"bn": plan.rates[-1], "none": plan.rates[0]} for group in GROUPS}
+    tuned = guess(GROUPS, plan)._replace(best=best)
+    return _wanted(plan, tuned, seeds, plan.seeds * 3 // 2, {})
+
+
+def _wanted(
+    plan: Plan,
+    tuned: Tuned,
+    seeds: int | None,
+    planned: int | None,
+    asked: Mapping[str, int | None],
+) -> list[Cell]:
+    wanted = needed(tuned, plan.seeds, seeds, [planned], _main)
+    settled = tuned.best if len(tuned.best) == len(GROUPS) else None
+    return [_cell(plan, *wish) for wish in wanted + _others(plan, settled, seeds, asked)]
 
 
 def _others(
@@ -247,26 +242,24 @@ def _stops(plan: Plan, part: str) -> list[int]:
     return stops if part == "fair" else stops[-3:]
 
 
-def _differences(runs: Runs, part: str, best: Best, group: str) -> dict[str, dict[int, float]]:
+def _differences(tuned: Tuned, part: str, group: str) -> dict[str, dict[int, float]]:
     """With minus without BN by condition and seed."""
-    if group not in best:
+    if group not in tuned.best:
         return {SMALL: {}, LARGE: {}, TENTH: {}}
     return {
-        condition: minus(runs, part, *(Trained(group, norm, rates[norm]) for norm in NORMS))
-        for condition, rates in _rates(best, group).items()
+        condition: minus(tuned.runs, part, *(Trained(group, norm, rates[norm]) for norm in NORMS))
+        for condition, rates in _rates(tuned.best, group).items()
     }
 
 
-def _planned(runs: Runs, best: Best) -> int | None:
+def _planned(tuned: Tuned) -> int | None:
     """Seeds that the pilot asks for, None before it is complete."""
-    pilot = _differences(runs, "pilot", best, "deep")
+    pilot = _differences(tuned, "pilot", "deep")
     if not complete(pilot):
         return None
-    delta = claims()["bjorck-lr"].thresholds["delta"]
-    return max(
-        planned_n(pilot[name].values(), delta, EQUIVALENCE_SEEDS, MOST_SEEDS)
-        for name in (SMALL, LARGE)
-    )
+    judged = {name: pilot[name] for name in (SMALL, LARGE)}
+    deltas = dict.fromkeys(judged, claims()["bjorck-lr"].thresholds["delta"])
+    return asked_for(judged, deltas, EQUIVALENCE_SEEDS, MOST_SEEDS)
 
 
 def _of_part(rows: Sequence[Row], part: str) -> dict[tuple[str, str, float], dict[int, list[Row]]]:
@@ -322,18 +315,21 @@ def _shallow(best: Best) -> list[Trained]:
     return [Trained("shallow", norm, best["shallow"][norm]) for norm in NORMS]
 
 
-def _planned_of(part: str, rows: Sequence[Row], best: Best, plan: Plan) -> int | None:
+def _planned_of(part: str, tuned: Tuned, plan: Plan) -> int | None:
     """Seeds that the pilot of another part asks for, None before it is complete."""
     if part == "ladder":
-        pilot, delta = climbs(rows, "ladder-pilot")[0], claims()["higher-lr"].thresholds["log2"]
-    elif "shallow" in best:
-        pilot = {"speed": speeds(rows, "speed-pilot", _shallow(best))[0]}
+        pilot, delta = (
+            climbs(tuned.rows, "ladder-pilot")[0],
+            claims()["higher-lr"].thresholds["log2"],
+        )
+    elif "shallow" in tuned.best:
+        pilot = {"speed": speeds(tuned.rows, "speed-pilot", _shallow(tuned.best))[0]}
         delta = math.log(claims()["bn-speed"].thresholds["ratio"])
     else:
         return None
     if not complete(pilot):
         return None
-    return max(planned_n(v.values(), delta, plan.other_seeds, MOST_SEEDS) for v in pilot.values())
+    return asked_for(pilot, dict.fromkeys(pilot, delta), plan.other_seeds, MOST_SEEDS)
 
 
 def _number(value: Scalar) -> float:
@@ -394,12 +390,18 @@ def judge(rows: list[Row]) -> list[Verdict]:
     """One claim, fair; what is missing makes it inconclusive."""
     if not rows:
         return []
-    budget, data = str(rows[0]["budget"]), str(rows[0]["data"])
-    plan, runs = PLANS[budget], collect(rows, KEYS)
-    tunings = search(runs, GROUPS, plan.rates, grow=plan.decides)
-    best = chosen(tunings)
-    delta = claims()["bjorck-lr"].thresholds["delta"]
-    found = _differences(runs, "fair", best, "deep")
+    plan = PLANS[str(rows[0]["budget"])]
+    tuned = settle(rows, GROUPS, plan)
+    return [
+        _rates_verdict(tuned),
+        _speed_verdict(tuned, plan),
+        _ladder_verdict(tuned, plan),
+    ]
+
+
+def _rates_verdict(tuned: Tuned) -> Verdict:
+    delta, best = claims()["bjorck-lr"].thresholds["delta"], tuned.best
+    found = _differences(tuned, "fair", "deep")
     parts = {
         SMALL: Part(list(found[SMALL].values()), "equivalence", delta),
         LARGE: Part(list(found[LARGE].values()), "superiority", delta),
@@ -407,7 +409,7 @@ def judge(rows: list[Row]) -> list[Verdict]:
     outcome = joint(parts, EQUIVALENCE_SEEDS)
     outcome = controlled(outcome, outcome.cells[LARGE])
 
-    notes = tuning_notes(tunings, budget, decides=plan.decides) + diverged_note(runs)
+    notes = tuned.notes()
     if "deep" in best and best["deep"]["bn"] <= best["deep"]["none"]:
         notes.append("The best rate with BN is not larger than the one without.")
     if outcome.cells[LARGE].status != "supported" and outcome.cells[LARGE].interval:
@@ -418,47 +420,38 @@ def judge(rows: list[Row]) -> list[Verdict]:
         "deep, gain at the best rates − gain at the small one",
         [found[LARGE][seed] - found[SMALL][seed] for seed in both],
     )
-    for name, by_seed in _differences(runs, "fair", best, "shallow").items():
+    for name, by_seed in _differences(tuned, "fair", "shallow").items():
         more += shown(f"shallow, {name}", list(by_seed.values()))
-    setting = Setting(
-        "learning-rate",
-        budget,
-        data,
-        "MLP of ten layers",
-        "at the rate that is best without batch normalization, and each network at its own",
-        "points of accuracy",
-        plan.decides,
-    )
     words = Words(
         "batch normalization gains nothing at the small rate, and gains accuracy where each "
         "network has its best rate: {weakest}",
         "the gain of batch normalization is not that of a larger learning rate alone: {refuted}",
         "the gain is {weakest}",
     )
-    pilot = {
-        name: list(by_seed.values())
-        for name, by_seed in _differences(runs, "pilot", best, "deep").items()
-    }
     verdict = fair_verdict(
-        "bjorck-lr", setting, words, outcome, pilot=pilot, planned=_planned(runs, best), notes=notes
+        "bjorck-lr",
+        tuned.setting(
+            "learning-rate",
+            "MLP of ten layers",
+            "at the rate that is best without batch normalization, and each network at its own",
+        ),
+        words,
+        outcome,
+        pilot=_differences(tuned, "pilot", "deep"),
+        planned=_planned(tuned),
+        notes=notes,
     )
-    if verdict.status == "demo":
-        more = [{**cell, "status": "demo", "reason": ""} for cell in more]
-    return [
-        dataclasses.replace(verdict, cells=[*verdict.cells, *more]),
-        _speed_verdict(rows, best, plan, setting),
-        _ladder_verdict(rows, plan, setting),
-    ]
+    return beside(verdict, more)
 
 
-def _speed_verdict(rows: Sequence[Row], best: Best, plan: Plan, setting: Setting) -> Verdict:
-    bound = math.log(claims()["bn-speed"].thresholds["ratio"])
+def _speed_verdict(tuned: Tuned, plan: Plan) -> Verdict:
+    rows, bound = tuned.rows, math.log(claims()["bn-speed"].thresholds["ratio"])
     notes: list[str] = []
     more: list[dict[str, Any]] = []
     steps: dict[int, float] = {}
     pilot: dict[int, float] = {}
-    if "shallow" in best:
-        bn, none = _shallow(best)
+    if "shallow" in tuned.best:
+        bn, none = _shallow(tuned.best)
         steps, late = speeds(rows, "speed", (bn, none))
         notes += _late("", late)
         pilot, _ = speeds(rows, "speed-pilot", (bn, none))
@@ -477,10 +470,8 @@ def _speed_verdict(rows: Sequence[Row], best: Best, plan: Plan, setting: Setting
         notes.append(f"Geometric mean of the ratio of steps: {ratio:.2f}.")
     verdict = answer(
         "bn-speed",
-        setting._replace(
-            network="MLP 100-100",
-            condition="each network at its best learning rate",
-            unit="natural logarithm of the ratio of steps",
+        tuned.setting(
+            "learning-rate", "MLP 100-100", unit="natural logarithm of the ratio of steps"
         ),
         Words(
             "batch normalization reaches the accuracies in fewer steps: {weakest}",
@@ -495,12 +486,10 @@ def _speed_verdict(rows: Sequence[Row], best: Best, plan: Plan, setting: Setting
         },
         delta=bound,
         pilot={_SPEED: list(pilot.values())},
-        planned=_planned_of("speed", rows, best, plan),
+        planned=_planned_of("speed", tuned, plan),
         notes=notes,
     )
-    if verdict.status == "demo":
-        more = [{**cell, "status": "demo", "reason": ""} for cell in more]
-    return dataclasses.replace(verdict, cells=[*verdict.cells, *more])
+    return beside(verdict, more)
 
 
 def _late(where: str, late: Mapping[str, int]) -> list[str]:
@@ -510,9 +499,10 @@ def _late(where: str, late: Mapping[str, int]) -> list[str]:
     return [text[0].upper() + text[1:]] if any(late.values()) else []
 
 
-def _ladder_verdict(rows: Sequence[Row], plan: Plan, setting: Setting) -> Verdict:
+def _ladder_verdict(tuned: Tuned, plan: Plan) -> Verdict:
     bound = claims()["higher-lr"].thresholds["log2"]
-    found, open_ended = climbs(rows, "ladder")
+    found, open_ended = climbs(tuned.rows, "ladder")
+    pilot, _ = climbs(tuned.rows, "ladder-pilot")
     notes = []
     for group, by_seed in found.items():
         if by_seed:
@@ -520,12 +510,13 @@ def _ladder_verdict(rows: Sequence[Row], plan: Plan, setting: Setting) -> Verdic
             notes.append(f"Median log2 ratio of the largest rates, {group}: {median:g}.")
     if open_ended:
         notes.append(f"Searches that found no rate, or none too large: {open_ended}.")
-    verdict = answer(
+    return answered(
         "higher-lr",
-        setting._replace(
-            network="MLPs of two and ten layers",
-            condition=f"{plan.ladder_steps} steps at each rate",
-            unit="log2 of the ratio of the largest learning rates",
+        tuned.setting(
+            "learning-rate",
+            "MLPs of two and ten layers",
+            f"{plan.ladder_steps} steps at each rate",
+            "log2 of the ratio of the largest learning rates",
         ),
         Words(
             "batch normalization works at much larger learning rates: {weakest}",
@@ -538,20 +529,19 @@ def _ladder_verdict(rows: Sequence[Row], plan: Plan, setting: Setting) -> Verdic
         ),
         {},
         delta=bound,
-        pilot={group: list(v.values()) for group, v in climbs(rows, "ladder-pilot")[0].items()},
-        planned=_planned_of("ladder", rows, {}, plan),
+        pilot={group: list(v.values()) for group, v in pilot.items()},
+        planned=_planned_of("ladder", tuned, plan),
         notes=notes,
+        beside={},
     )
-    return dataclasses.replace(verdict, published_status=None)
 
 
 def figures(rows: list[Row]) -> list[dict[str, Any]]:
     """Accuracy over learning rates, the claim at one glance; and at the end of training."""
     if not rows:
         return []
-    plan, runs = PLANS[str(rows[0]["budget"])], collect(rows, KEYS)
-    where = PLACES.get(str(rows[0]["data"]), str(rows[0]["data"]))
-    best = chosen(search(runs, GROUPS, plan.rates, grow=plan.decides))
+    tuned, where = settle(rows, GROUPS, PLANS[str(rows[0]["budget"])]), place(rows)
+    runs, best = tuned.runs, tuned.best
     over_rates, ends = [], []
     for group in GROUPS:
         tried = trials(runs, group)
@@ -563,23 +553,21 @@ def figures(rows: list[Row]) -> list[dict[str, Any]]:
             series = [curve(arm, n) for arm, n in arms if arm]
             if series:
                 ends.append({"title": f"{group}, {condition}", "series": series})
-    all_figures = [
-        curves(
+    return [
+        *figure(
             "learning-rate",
             "rates",
             f"Validation accuracy on {where} over learning rates, deep and shallow",
             "The small rate is the best one without batch normalization. Mean and range over two "
             "seeds.",
-            "learning rate",
             over_rates,
+            "learning rate",
         ),
-        curves(
+        *figure(
             "learning-rate",
             "fair",
             f"Test accuracy on {where} at the small rate and at each network's best",
-            "Mean over seeds; the band is its 95 % interval.",
-            "training step",
+            BAND,
             ends,
         ),
     ]
-    return [figure for figure in all_figures if figure["panels"]]

@@ -69,31 +69,32 @@ from torch import Tensor, nn
 
 from gammabeta._runs import Row, Scalar
 from gammabeta.layers.batch_norm import BatchNorm1d, BatchNorm2d
-from gammabeta.studies._answer import PLACES, Setting, Words, answer
+from gammabeta.studies._answer import Setting, Words, answer
 from gammabeta.studies._claims import claims
 from gammabeta.studies._data import Images
 from gammabeta.studies._experiments import Cell
 from gammabeta.studies._joint import Part, joint
 from gammabeta.studies._nets import ACTIVATIONS, MLP
-from gammabeta.studies._pairs import Runs, collect, curve, curves
+from gammabeta.studies._outcomes import asked_for, by_weakest
+from gammabeta.studies._pairs import curve
 from gammabeta.studies._train import accuracy, fair_split, log_steps, pixels, stream, train
 from gammabeta.studies._tuned import (
-    KEYS,
+    BAND,
     LEAST_SEEDS,
     MOST_SEEDS,
-    Best,
     Trained,
-    chosen,
+    Tuned,
     complete,
-    diverged_note,
     fair_verdict,
-    minus,
-    search,
+    figure,
+    guess,
+    needed,
+    own,
+    place,
+    settle,
     tuning_figure,
-    tuning_notes,
-    wishes,
 )
-from gammabeta.studies._verdict import Verdict, planned_n
+from gammabeta.studies._verdict import Verdict
 
 CLAIMS = ("bn-order", "post-controls-input")
 
@@ -133,33 +134,18 @@ PLANS = {
 def cells(budget: str, data: str, seeds: int | None, rows: list[Row]) -> list[Cell]:
     """Tuning until every grid is settled; then the main runs; pilot; more seeds."""
     plan = PLANS[budget]
-    runs = collect([r for r in rows if (r["budget"], r["data"]) == (budget, data)], KEYS)
-    tunings = search(runs, GROUPS, plan.rates, grow=plan.decides)
-    best = chosen(tunings)
-    wanted = wishes(
-        GROUPS,
-        tunings,
-        _main(best) if len(best) == len(GROUPS) else None,
-        least=plan.seeds,
-        seeds=seeds,
-        pilot=plan.decides,
-        planned=_planned(runs, best),
-    )
-    return [_cell(plan, *wish) for wish in wanted] + _inputs(plan, seeds)
+    tuned = settle(own(rows, budget, data), GROUPS, plan)
+    return _wanted(tuned, plan, seeds, _planned(tuned))
 
 
 def expected(budget: str, data: str, seeds: int | None) -> list[Cell]:
     """About what a whole run asks for: no grid grows, the pilot asks for twice the least seeds."""
     plan = PLANS[budget]
-    wanted = wishes(
-        GROUPS,
-        search({}, GROUPS, plan.rates, grow=False),
-        _main({group: dict.fromkeys(PLACEMENTS, plan.rates[0]) for group in GROUPS}),
-        least=plan.seeds,
-        seeds=seeds,
-        pilot=plan.decides,
-        planned=2 * LEAST_SEEDS,
-    )
+    return _wanted(guess(GROUPS, plan), plan, seeds, 2 * LEAST_SEEDS)
+
+
+def _wanted(tuned: Tuned, plan: Plan, seeds: int | None, planned: int | None) -> list[Cell]:
+    wanted = needed(tuned, plan.seeds, seeds, [planned])
     return [_cell(plan, *wish) for wish in wanted] + _inputs(plan, seeds)
 
 
@@ -173,10 +159,6 @@ def _inputs(plan: Plan, seeds: int | None) -> list[Cell]:
         if kind == "dense"
         for arm in PLACEMENTS
     ]
-
-
-def _main(best: Best) -> list[Trained]:
-    return [Trained(group, arm, best[group][arm]) for group in GROUPS for arm in PLACEMENTS]
 
 
 def _cell(plan: Plan, wave: int, seed: int, part: str, what: Trained) -> Cell:
@@ -199,28 +181,17 @@ def _steps(plan: Plan, part: str, kind: str) -> tuple[int, list[int]]:
     return steps, stops if part == "fair" else stops[-3:]
 
 
-def _differences(runs: Runs, part: str, best: Best) -> dict[str, dict[int, float]]:
+def _differences(tuned: Tuned, part: str) -> dict[str, dict[int, float]]:
     """After minus before, by network and seed; empty where an arm is missing."""
-    return {
-        group: minus(
-            runs,
-            part,
-            Trained(group, "after", best[group]["after"]),
-            Trained(group, "before", best[group]["before"]),
-        )
-        if group in best
-        else {}
-        for group in GROUPS
-    }
+    return {group: tuned.minus(part, group, "after", "before") for group in GROUPS}
 
 
-def _planned(runs: Runs, best: Best) -> int | None:
+def _planned(tuned: Tuned) -> int | None:
     """Seeds that the pilot asks for, None before it is complete."""
-    pilot = _differences(runs, "pilot", best)
+    pilot, delta = _differences(tuned, "pilot"), claims()["bn-order"].thresholds["delta"]
     if not complete(pilot):
         return None
-    delta = claims()["bn-order"].thresholds["delta"]
-    return max(planned_n(v.values(), delta, LEAST_SEEDS, MOST_SEEDS) for v in pilot.values())
+    return asked_for(pilot, dict.fromkeys(pilot, delta), LEAST_SEEDS, MOST_SEEDS)
 
 
 # -- one cell -----------------------------------------------------------------------------------
@@ -384,30 +355,13 @@ def judge(rows: list[Row]) -> list[Verdict]:
     """One claim, fair; what is missing makes it inconclusive."""
     if not rows:
         return []
-    budget, data = str(rows[0]["budget"]), str(rows[0]["data"])
-    plan, runs = PLANS[budget], collect(rows, KEYS)
-    tunings = search(runs, GROUPS, plan.rates, grow=plan.decides)
-    best = chosen(tunings)
+    tuned = settle(rows, GROUPS, PLANS[str(rows[0]["budget"])])
     delta = claims()["bn-order"].thresholds["delta"]
     parts = {
         group: Part(list(v.values()), "superiority", delta, level=LEVELS[NETWORKS[group][1]])
-        for group, v in _differences(runs, "fair", best).items()
+        for group, v in _differences(tuned, "fair").items()
     }
-    found = joint(parts, LEAST_SEEDS)
-    # The effect of a claim of several networks is that of the weakest one.
-    means = {name: c.interval.mean for name, c in found.cells.items() if c.interval}
-    if means:
-        weakest = min(means, key=lambda name: means[name])
-        found = dataclasses.replace(found, weakest=weakest, interval=found.cells[weakest].interval)
-    setting = Setting(
-        "order",
-        budget,
-        data,
-        "MLP 100-100 and two convolutions",
-        "each network at its best learning rate",
-        "points of accuracy",
-        plan.decides,
-    )
+    setting = tuned.setting("order", "MLP 100-100 and two convolutions")
     words = Words(
         "batch normalization after the activation gains accuracy over before it in every network, "
         "least in {weakest}",
@@ -417,13 +371,16 @@ def judge(rows: list[Row]) -> list[Verdict]:
         "batch normalization after the activation gains {delta} points over before it with some "
         "activations alone; it does not: {refuted}",
     )
-    notes = tuning_notes(tunings, budget, decides=plan.decides) + diverged_note(runs)
-    pilot = {g: list(v.values()) for g, v in _differences(runs, "pilot", best).items()}
-    planned = _planned(runs, best)
-    return [
-        fair_verdict("bn-order", setting, words, found, pilot=pilot, planned=planned, notes=notes),
-        _inputs_verdict(rows, setting),
-    ]
+    found = fair_verdict(
+        "bn-order",
+        setting,
+        words,
+        by_weakest(joint(parts, LEAST_SEEDS)),
+        pilot=_differences(tuned, "pilot"),
+        planned=_planned(tuned),
+        notes=tuned.notes(),
+    )
+    return [found, _inputs_verdict(rows, setting)]
 
 
 def _inputs_verdict(rows: Sequence[Row], setting: Setting) -> Verdict:
@@ -490,26 +447,20 @@ def figures(rows: list[Row]) -> list[dict[str, Any]]:
     """Test accuracy of both placements at the end of training, and how the rates were chosen."""
     if not rows:
         return []
-    plan, runs = PLANS[str(rows[0]["budget"])], collect(rows, KEYS)
-    where = PLACES.get(str(rows[0]["data"]), str(rows[0]["data"]))
-    best = chosen(search(runs, GROUPS, plan.rates, grow=plan.decides))
-    panels = [panel for group in best if (panel := _panel(runs, group, best))["series"]]
-    drawn = curves(
-        "order",
-        "fair",
-        f"Test accuracy on {where} with batch normalization before and after the activation",
-        "Each network at its best learning rate. Mean over seeds; the band is its 95 % interval.",
-        "training step",
-        panels,
+    tuned = settle(rows, GROUPS, PLANS[str(rows[0]["budget"])])
+    panels = [panel for group in tuned.best if (panel := _panel(tuned, group))["series"]]
+    title = (
+        f"Test accuracy on {place(rows)} with batch normalization before and after the activation"
     )
-    tuned = tuning_figure("order", "tuning", rows, runs, GROUPS, "before and after the activation")
-    return [*([drawn] if panels else []), *tuned]
+    return [
+        *figure("order", "fair", title, f"Each network at its best learning rate. {BAND}", panels),
+        *tuning_figure("order", tuned, "before and after the activation"),
+    ]
 
 
-def _panel(runs: Runs, group: str, best: Best) -> dict[str, Any]:
+def _panel(tuned: Tuned, group: str) -> dict[str, Any]:
     series = []
     for placement, style in zip(PLACEMENTS, ("none", "bn"), strict=True):
-        ended = runs.get(("fair", *Trained(group, placement, best[group][placement])), {})
-        if ended:
+        if ended := tuned.ended("fair", group, placement):
             series.append({**curve(ended, style), "name": f"{placement} the activation"})
     return {"title": group, "series": series}

@@ -65,27 +65,27 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from gammabeta._runs import Row, Scalar
-from gammabeta.studies._answer import PLACES, Setting, Words
+from gammabeta.studies._answer import Words
 from gammabeta.studies._asked import Asked, Parts, ends, less, planned, verdict
 from gammabeta.studies._claims import claims
 from gammabeta.studies._data import Images
 from gammabeta.studies._experiments import Cell
-from gammabeta.studies._pairs import band, collect, curves
+from gammabeta.studies._pairs import band
 from gammabeta.studies._population import averages, ghosts
 from gammabeta.studies._tuned import (
+    BAND,
     EQUIVALENCE_SEEDS,
-    KEYS,
     LEAST_SEEDS,
     PILOT_SEEDS,
-    Best,
     Trained,
-    chosen,
-    diverged_note,
-    guessed,
+    Tuned,
+    figure,
+    guess,
     needed,
-    search,
+    own,
+    place,
+    settle,
     tuning_figure,
-    tuning_notes,
 )
 from gammabeta.studies._verdict import Verdict
 
@@ -124,20 +124,16 @@ PLANS = {
 def cells(budget: str, data: str, seeds: int | None, rows: list[Row]) -> list[Cell]:
     """The averages with their pilot; the tuning of the ghosts; their runs, pilot, more seeds."""
     plan = PLANS[budget]
-    rows = [r for r in rows if (r["budget"], r["data"]) == (budget, data)]
-
-    def asked(best: Best) -> list[int | None]:
-        return [planned(_repairs(rows, "pilot", best), LEAST_SEEDS)]
-
-    more = planned(_averages(rows, "averages pilot", plan), EQUIVALENCE_SEEDS)
-    wanted = needed(rows, GROUPS, plan, seeds, asked)
+    tuned = settle(own(rows, budget, data), GROUPS, plan)
+    more = planned(_averages(tuned.rows, "averages pilot", plan), EQUIVALENCE_SEEDS)
+    wanted = needed(tuned, plan.seeds, seeds, [planned(_repairs(tuned, "pilot"), LEAST_SEEDS)])
     return [*_average_cells(plan, seeds, more), *(_cell(plan, *wish) for wish in wanted)]
 
 
 def expected(budget: str, data: str, seeds: int | None) -> list[Cell]:
     """About what a whole run asks for: no grid grows, pilots ask for half as many seeds more."""
     plan = PLANS[budget]
-    wanted = guessed(GROUPS, plan, seeds, LEAST_SEEDS * 3 // 2)
+    wanted = needed(guess(GROUPS, plan), plan.seeds, seeds, [LEAST_SEEDS * 3 // 2])
     more = EQUIVALENCE_SEEDS * 3 // 2
     return [*_average_cells(plan, seeds, more), *(_cell(plan, *wish) for wish in wanted)]
 
@@ -216,14 +212,14 @@ def _averages(rows: Sequence[Row], part: str, plan: Plan, *, started: bool = Fal
     return found
 
 
-def _repairs(rows: Sequence[Row], part: str, best: Best) -> Parts:
+def _repairs(tuned: Tuned, part: str) -> Parts:
     """The parts of train-test-gap."""
     delta, found = claims()["train-test-gap"].thresholds["delta"], {}
     for column, name in REPAIRS.items():
         for arm in ghosts.ARMS:
-            rate = best.get("ghosts", {}).get(arm, math.nan)
+            rate = tuned.best.get("ghosts", {}).get(arm, math.nan)
             key: dict[str, Scalar] = {"part": part, "group": "ghosts", "arm": arm, "rate": rate}
-            gain = less(ends(rows, column, key), ends(rows, "accuracy", key), 100)
+            gain = less(ends(tuned.rows, column, key), ends(tuned.rows, "accuracy", key), 100)
             if arm == "m = 64":
                 lost = {seed: -value for seed, value in gain.items()}
                 found[f"{name}, {arm} (−)"] = Asked(lost, "above", -delta, delta, name)
@@ -236,21 +232,13 @@ def judge(rows: list[Row]) -> list[Verdict]:
     """Both claims; what is missing makes them inconclusive."""
     if not rows:
         return []
-    budget, data = str(rows[0]["budget"]), str(rows[0]["data"])
-    plan, runs = PLANS[budget], collect(rows, KEYS)
-    tunings = search(runs, GROUPS, plan.rates, grow=plan.decides)
-    best = chosen(tunings)
-    setting = Setting(
-        "population",
-        budget,
-        data,
-        "MLP 100-100",
-        f"first rate {RATE:g}, falling",
-        "points of accuracy",
-        plan.decides,
+    plan = PLANS[str(rows[0]["budget"])]
+    tuned = settle(rows, GROUPS, plan)
+    setting, notes = (
+        tuned.setting("population", "MLP 100-100", f"first rate {RATE:g}, falling"),
+        tuned.notes(),
     )
-    own = ["Numbers marked (−) have the opposite sign, so that all lie above their bounds."]
-    notes = tuning_notes(tunings, budget, decides=plan.decides) + diverged_note(runs)
+    signs = ["Numbers marked (−) have the opposite sign, so that all lie above their bounds."]
     first = [note for note in notes if "decides nothing" in note]
     return [
         verdict(
@@ -268,11 +256,11 @@ def judge(rows: list[Row]) -> list[Verdict]:
             "train-test-gap",
             setting._replace(condition="each ghost size at its best learning rate, falling"),
             WORDS["train-test-gap"],
-            _repairs(rows, "fair", best),
-            _repairs(rows, "pilot", best),
+            _repairs(tuned, "fair"),
+            _repairs(tuned, "pilot"),
             least=LEAST_SEEDS,
-            notes=[*notes, *own],
-            beside=_gaps(rows, best),
+            notes=[*notes, *signs],
+            beside=_gaps(tuned),
         ),
     ]
 
@@ -292,12 +280,12 @@ def _spreads(rows: Sequence[Row], plan: Plan) -> dict[str, dict[int, float]]:
     return found
 
 
-def _gaps(rows: Sequence[Row], best: Best) -> dict[str, dict[int, float]]:
+def _gaps(tuned: Tuned) -> dict[str, dict[int, float]]:
     """What small ghosts cost, and the gap of the output, by seed."""
     found: dict[str, dict[int, float]] = {}
-    rates = best.get("ghosts", {})
+    rates = tuned.best.get("ghosts", {})
     by = {
-        (arm, column): ends(rows, column, {"part": "fair", "arm": arm, "rate": rate})
+        (arm, column): ends(tuned.rows, column, {"part": "fair", "arm": arm, "rate": rate})
         for arm, rate in rates.items()
         for column in ("accuracy", "gap", "systematic")
     }
@@ -331,28 +319,26 @@ def figures(rows: list[Row]) -> list[dict[str, Any]]:
     """Accuracy by each kind of statistics during training, and how the rates were chosen."""
     if not rows:
         return []
-    runs = collect(rows, KEYS)
-    where = PLACES.get(str(rows[0]["data"]), str(rows[0]["data"]))
     names = {"precise": "precise", **{averages.column(d): f"decay {d:g}" for d in averages.DECAYS}}
-    own = [row for row in rows if row.get("part") == "averages"]
-    steps = sorted({row["step"] for row in own if isinstance(row["step"], int)})
+    looked = [row for row in rows if row.get("part") == "averages"]
+    steps = sorted({row["step"] for row in looked if isinstance(row["step"], int)})
     series: list[dict[str, Any]] = []
     for column, name in names.items():
-        by = [list(ends(own, column, {}, [step]).values()) for step in steps]
+        by = [list(ends(looked, column, {}, [step]).values()) for step in steps]
         bands = [band([100 * share for share in shares]) for shares in by if shares]
         if bands and len(bands) == len(steps):
             columns = {key: [b[k] for b in bands] for k, key in enumerate(("y", "lo", "hi"))}
             style = "none" if column == "precise" else "bn"
             n = min(len(shares) for shares in by)
             series.append({"name": name, "style": style, "x": steps, "n": n, **columns})
-    drawn = curves(
-        "population",
-        "averages",
-        f"Test accuracy on {where} by precise statistics and by moving averages",
-        "One training, moving averages without their start. Mean over seeds; the band is its 95 % "
-        "interval.",
-        "training step",
-        [{"title": "MLP 100-100", "series": series}],
-    )
-    tuned = tuning_figure("population", "tuning", rows, runs, GROUPS, "by ghost size")
-    return [*([drawn] if series else []), *tuned]
+    tuned = settle(rows, GROUPS, PLANS[str(rows[0]["budget"])])
+    return [
+        *figure(
+            "population",
+            "averages",
+            f"Test accuracy on {place(rows)} by precise statistics and by moving averages",
+            f"One training, moving averages without their start. {BAND}",
+            [{"title": "MLP 100-100", "series": series}] if series else [],
+        ),
+        *tuning_figure("population", tuned, "by ghost size"),
+    ]

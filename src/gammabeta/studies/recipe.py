@@ -80,14 +80,15 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from gammabeta._runs import Row, Scalar
-from gammabeta.studies._answer import PLACES, Setting, Words
+from gammabeta.studies._answer import Setting, Words
 from gammabeta.studies._beside import answered
 from gammabeta.studies._claims import claims
 from gammabeta.studies._data import Images
 from gammabeta.studies._experiments import Cell
 from gammabeta.studies._joint import Part, joint
 from gammabeta.studies._learning_rate.speed import reached
-from gammabeta.studies._pairs import collect, curves
+from gammabeta.studies._outcomes import asked_for
+from gammabeta.studies._pairs import collect
 from gammabeta.studies._recipe.training import Recipe, network, trainings
 from gammabeta.studies._train import accuracy, fair_split, log_steps, pixels
 from gammabeta.studies._tuned import (
@@ -96,17 +97,19 @@ from gammabeta.studies._tuned import (
     MOST_SEEDS,
     Best,
     Trained,
+    Tuned,
     Wish,
-    chosen,
     complete,
-    diverged_note,
+    figure,
+    guess,
     minus,
-    search,
+    needed,
+    own,
+    place,
+    settle,
     tuning_figure,
-    tuning_notes,
-    wishes,
 )
-from gammabeta.studies._verdict import Verdict, interval, planned_n
+from gammabeta.studies._verdict import Verdict, interval
 
 CLAIMS = ("higher-accuracy", "imagenet-7pct")
 
@@ -181,36 +184,22 @@ PLANS = {
 def cells(budget: str, data: str, seeds: int | None, rows: list[Row]) -> list[Cell]:
     """Tuning until the grids are settled; then the main runs; pilot; more seeds; what is shown."""
     plan = PLANS[budget]
-    rows = [r for r in rows if (r["budget"], r["data"]) == (budget, data)]
-    tunings = search(collect(rows, KEYS), GROUPS, plan.rates, grow=plan.decides)
-    best = chosen(tunings)
-    settled = best if len(best) == len(GROUPS) else None
-    wanted = wishes(
-        GROUPS,
-        tunings,
-        trained(settled, MAIN) if settled else None,
-        least=plan.seeds,
-        seeds=seeds,
-        pilot=plan.decides,
-        planned=_planned(rows, best),
-    )
-    return [_cell(plan, *wish) for wish in wanted + _shown(plan, settled, seeds)]
+    tuned = settle(own(rows, budget, data), GROUPS, plan)
+    return _wanted(tuned, plan, seeds, _planned(tuned.rows, tuned.best))
 
 
 def expected(budget: str, data: str, seeds: int | None) -> list[Cell]:
     """About what a whole run asks for: one value more of each grid, half as many seeds more."""
     plan = PLANS[budget]
-    guess = {group: dict.fromkeys(arms, plan.rates[-1]) for group, arms in GROUPS.items()}
-    wanted = wishes(
-        GROUPS,
-        search({}, GROUPS, (*plan.rates, 1.0) if plan.decides else plan.rates, grow=False),
-        trained(guess, MAIN),
-        least=plan.seeds,
-        seeds=seeds,
-        pilot=plan.decides,
-        planned=LEAST_SEEDS * 3 // 2,
-    )
-    return [_cell(plan, *wish) for wish in wanted + _shown(plan, guess, seeds)]
+    tuned = guess(GROUPS, plan, (1.0,), plan.rates[-1])
+    return _wanted(tuned, plan, seeds, LEAST_SEEDS * 3 // 2)
+
+
+def _wanted(tuned: Tuned, plan: Plan, seeds: int | None, planned: int | None) -> list[Cell]:
+    wanted = needed(tuned, plan.seeds, seeds, [planned], lambda best: trained(best, MAIN))
+    settled = len(tuned.best) == len(GROUPS)
+    more = _shown(plan, tuned.best, seeds) if settled else []
+    return [_cell(plan, *wish) for wish in wanted + more]
 
 
 def trained(best: Best, arms: Mapping[str, Sequence[str]]) -> list[Trained]:
@@ -233,9 +222,7 @@ def _rest(group: str) -> list[str]:
     return [arm for arm in RECIPES[group] if arm not in MAIN[group]]
 
 
-def _shown(plan: Plan, best: Best | None, seeds: int | None) -> list[Wish]:
-    if not best:
-        return []
+def _shown(plan: Plan, best: Best, seeds: int | None) -> list[Wish]:
     rest = {group: _rest(group) for group in RECIPES}
     count = plan.shown if seeds is None else min(seeds, plan.shown)
     return [Wish(2, s, "shown", what) for s in range(count) for what in trained(best, rest)]
@@ -322,9 +309,7 @@ def _planned(rows: Sequence[Row], best: Best) -> int | None:
         return None
     limits = dict.fromkeys(pilot, math.log(1 / claims()["imagenet-7pct"].thresholds["share"]))
     limits[_GAIN] = claims()["higher-accuracy"].thresholds["points"]
-    return max(
-        planned_n(v.values(), limits[name], LEAST_SEEDS, MOST_SEEDS) for name, v in pilot.items()
-    )
+    return asked_for(pilot, limits, LEAST_SEEDS, MOST_SEEDS)
 
 
 # -- one cell -----------------------------------------------------------------------------------
@@ -370,20 +355,9 @@ def judge(rows: list[Row]) -> list[Verdict]:
     """Both claims; what is missing makes them inconclusive."""
     if not rows:
         return []
-    budget, data = str(rows[0]["budget"]), str(rows[0]["data"])
-    plan, runs = PLANS[budget], collect(rows, KEYS)
-    tunings = search(runs, GROUPS, plan.rates, grow=plan.decides)
-    best = chosen(tunings)
-    notes = tuning_notes(tunings, budget, decides=plan.decides) + diverged_note(runs)
-    setting = Setting(
-        "recipe",
-        budget,
-        data,
-        "MLP 100-100",
-        "each network at its best learning rate",
-        "points of accuracy",
-        plan.decides,
-    )
+    tuned = settle(rows, GROUPS, PLANS[str(rows[0]["budget"])])
+    best, notes = tuned.best, tuned.notes()
+    setting = tuned.setting("recipe", "MLP 100-100")
     return [
         _accuracy_verdict(rows, best, setting, [*notes, *_losses(rows, best)]),
         _steps_verdict(rows, best, setting, notes),
@@ -502,9 +476,8 @@ def figures(rows: list[Row]) -> list[dict[str, Any]]:
     """Validation accuracy over steps, with and without the rest of the recipe; the tuning."""
     if not rows:
         return []
-    plan, runs, seen = PLANS[str(rows[0]["budget"])], collect(rows, KEYS), seen_by(rows)
-    where = PLACES.get(str(rows[0]["data"]), str(rows[0]["data"]))
-    best = chosen(search(runs, GROUPS, plan.rates, grow=plan.decides))
+    tuned, seen = settle(rows, GROUPS, PLANS[str(rows[0]["budget"])]), seen_by(rows)
+    best = tuned.best
     panels = []
     for group in best if len(best) == len(GROUPS) else ():
         series = []
@@ -516,16 +489,11 @@ def figures(rows: list[Row]) -> list[dict[str, Any]]:
         title = _TITLES[group]
         if series:
             panels.append({"title": title, "series": series})
-    drawn = curves(
-        "recipe",
-        "steps",
-        f"Validation accuracy on {where} over training, by recipe",
-        "Mean and range over seeds.",
-        "training step",
-        panels,
-    )
-    tuned = tuning_figure("recipe", "tuning", rows, runs, GROUPS, "by recipe")
-    return [*([drawn] if panels else []), *tuned]
+    title = f"Validation accuracy on {place(rows)} over training, by recipe"
+    return [
+        *figure("recipe", "steps", title, "Mean and range over seeds.", panels),
+        *tuning_figure("recipe", tuned, "by recipe"),
+    ]
 
 
 def _series(name: str, bn: bool, by_seed: Sequence[Sequence[tuple[int, float]]]) -> dict[str, Any]:

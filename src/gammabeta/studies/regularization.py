@@ -97,33 +97,35 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 from gammabeta._runs import Row, Scalar
-from gammabeta.studies._answer import PLACES, Setting, Words, span
+from gammabeta.studies._answer import Words, span
 from gammabeta.studies._claims import claims
 from gammabeta.studies._data import Images
 from gammabeta.studies._experiments import Cell
 from gammabeta.studies._nets import MLP
-from gammabeta.studies._pairs import Run, Runs, collect, curve, curves
+from gammabeta.studies._outcomes import alone, asked_for, beside
+from gammabeta.studies._pairs import Run, Runs, collect, curve
 from gammabeta.studies._regularization import ghosts
 from gammabeta.studies._train import accuracy, batches, fair_split, log_steps, pixels, stream, train
 from gammabeta.studies._tuned import (
+    BAND,
     EQUIVALENCE_SEEDS,
     KEYS,
     LEAST_SEEDS,
     MOST_SEEDS,
     TUNING_SEEDS,
-    Best,
     Trained,
-    chosen,
+    Tuned,
     complete,
-    diverged_note,
     fair_verdict,
-    minus,
-    search,
+    figure,
+    guess,
+    needed_in,
+    own,
+    place,
+    settle,
     shown,
     trials,
     tuning_figure,
-    tuning_notes,
-    wishes,
 )
 from gammabeta.studies._verdict import (
     Outcome,
@@ -132,7 +134,6 @@ from gammabeta.studies._verdict import (
     equivalence,
     interval,
     lies_above,
-    planned_n,
     superiority,
 )
 
@@ -192,42 +193,38 @@ PLANS = {
 def cells(budget: str, data: str, seeds: int | None, rows: list[Row]) -> list[Cell]:
     """Of each group: tuning until the grid is settled; then the main runs; pilot; more seeds."""
     plan = PLANS[budget]
-    rows = [r for r in rows if (r["budget"], r["data"]) == (budget, data)]
-    runs = _runs_of(rows)
-    tunings = search(runs, GROUPS, plan.rates, grow=plan.decides)
-    best, wanted = chosen(tunings), []
-    for group, arms in GROUPS.items():
-        wanted += wishes(
-            {group: arms},
-            {group: tunings[group]},
-            _main(runs, best, group) if group in best else None,
-            least=plan.seeds[group],
-            seeds=seeds,
-            pilot=plan.decides,
-            planned=_planned(runs, rows, best, group),
+    tuned = _settled(own(rows, budget, data), plan)
+    wanted = [
+        wish
+        for group in GROUPS
+        for wish in needed_in(
+            group, tuned, plan.seeds[group], seeds, _main(tuned, group), _planned(tuned, group)
         )
+    ]
     return [_cell(plan, *wish) for wish in wanted]
 
 
 def expected(budget: str, data: str, seeds: int | None) -> list[Cell]:
     """About what a whole run asks for: no grid grows, half as many seeds more than the least."""
-    plan, wanted = PLANS[budget], []
-    guess = {
-        **GROUPS,
-        "dropout": tuple(f"{norm}, {dose}" for norm in NORMS for dose in (NONE, HALF)),
-    }
-    tunings = search({}, GROUPS, plan.rates, grow=False)
-    for group, arms in GROUPS.items():
-        wanted += wishes(
-            {group: arms},
-            {group: tunings[group]},
-            [Trained(group, arm, plan.rates[0]) for arm in guess[group]],
-            least=plan.seeds[group],
-            seeds=seeds,
-            pilot=plan.decides,
-            planned=plan.seeds[group] * 3 // 2,
+    plan = PLANS[budget]
+    doses = [f"{norm}, {dose}" for norm in NORMS for dose in (NONE, HALF)]
+    wanted = [
+        wish
+        for group, arms in {**GROUPS, "dropout": doses}.items()
+        for wish in needed_in(
+            group,
+            guess(GROUPS, plan),
+            plan.seeds[group],
+            seeds,
+            [Trained(group, arm, plan.rates[0]) for arm in arms],
+            plan.seeds[group] * 3 // 2,
         )
+    ]
     return [_cell(plan, *wish) for wish in wanted]
+
+
+def _settled(rows: Sequence[Row], plan: Plan) -> Tuned:
+    return settle(rows, GROUPS, plan, runs=_runs_of(rows))
 
 
 def _cell(plan: Plan, wave: int, seed: int, part: str, what: Trained) -> Cell:
@@ -272,23 +269,24 @@ def _area_run(by_step: Mapping[int, Row]) -> Run:
     return Run(steps[-1:], [-area], [], any(bool(row["diverged"]) for row in by_step.values()))
 
 
-def _main(runs: Runs, best: Best, group: str) -> list[Trained]:
+def _main(tuned: Tuned, group: str) -> list[Trained] | None:
     """All arms of a group; of dropout: none and the best, with and without BN; 0.5 without BN."""
-    if group != "dropout":
-        return [Trained(group, arm, best[group][arm]) for arm in GROUPS[group]]
-    doses = _doses(runs, best)
-    arms = [f"{norm}, {dose}" for norm in NORMS for dose in (NONE, doses[norm])]
-    both = dict.fromkeys([*arms, f"none, {HALF}"])
-    return [Trained("dropout", arm, best["dropout"][arm]) for arm in both]
+    if group not in tuned.best:
+        return None
+    arms = list(GROUPS[group])
+    if group == "dropout":
+        doses = _doses(tuned)
+        both = [f"{norm}, {dose}" for norm in NORMS for dose in (NONE, doses[norm])]
+        arms = list(dict.fromkeys([*both, f"none, {HALF}"]))
+    return [Trained(group, arm, tuned.best[group][arm]) for arm in arms]
 
 
-def _doses(runs: Runs, best: Best) -> dict[str, str]:
+def _doses(tuned: Tuned) -> dict[str, str]:
     """The best dropout with and without BN, chosen on validation; of equals the first."""
-    tried = trials(runs, "dropout")
+    tried, best = trials(tuned.runs, "dropout"), tuned.best["dropout"]
 
     def score(arm: str) -> float:
-        by_seed = tried[arm, best["dropout"][arm]]
-        return math.fsum(by_seed[seed].final for seed in TUNING_SEEDS)
+        return math.fsum(tried[arm, best[arm]][seed].final for seed in TUNING_SEEDS)
 
     return {
         norm: max((d for d in DOSES if d != NONE), key=lambda dose: score(f"{norm}, {dose}"))
@@ -296,49 +294,40 @@ def _doses(runs: Runs, best: Best) -> dict[str, str]:
     }
 
 
-def _gain(runs: Runs, part: str, best: Best, norm: str) -> dict[int, float]:
+def _gain(tuned: Tuned, part: str, norm: str) -> dict[int, float]:
     """Test accuracy, best dropout minus none, by seed."""
-    if "dropout" not in best:
+    if "dropout" not in tuned.best:
         return {}
-    arms = [f"{norm}, {dose}" for dose in (_doses(runs, best)[norm], NONE)]
-    first, second = (Trained("dropout", arm, best["dropout"][arm]) for arm in arms)
-    return minus(runs, part, first, second)
+    return tuned.minus(part, "dropout", *(f"{norm}, {d}" for d in (_doses(tuned)[norm], NONE)))
 
 
-def _effects(rows: Sequence[Row], part: str, best: Best) -> dict[str, dict[int, float]]:
+def _effects(tuned: Tuned, part: str) -> dict[str, dict[int, float]]:
     """By how much BN, and by how much dropout of 0.5, makes the gap smaller, by seed."""
-    if "dropout" not in best:
-        return {"BN": {}, "dropout": {}}
-    gaps = _gaps(rows)
-    arm = {name: Trained("dropout", name, best["dropout"][name]) for name in DROPOUT}
-    neither = arm[f"none, {NONE}"]
+    gaps, neither = _gaps(tuned), f"none, {NONE}"
     return {
-        "BN": minus(gaps, part, neither, arm[f"bn, {NONE}"]),
-        "dropout": minus(gaps, part, neither, arm[f"none, {HALF}"]),
+        "BN": gaps.minus(part, "dropout", neither, f"bn, {NONE}"),
+        "dropout": gaps.minus(part, "dropout", neither, f"none, {HALF}"),
     }
 
 
-def _gaps(rows: Sequence[Row]) -> Runs:
+def _gaps(tuned: Tuned) -> Tuned:
     """Runs whose gap takes the place of the accuracy, so that the same code pairs the seeds."""
-    return _runs_of(
-        [
-            {**row, "accuracy": seen - held}
-            for row in rows
-            if isinstance(seen := row.get("train_accuracy"), float)
-            and isinstance(held := row["accuracy"], float)
-        ]
-    )
+    gaps = [
+        {**row, "accuracy": seen - held}
+        for row in tuned.rows
+        if isinstance(seen := row.get("train_accuracy"), float)
+        and isinstance(held := row["accuracy"], float)
+    ]
+    return tuned._replace(runs=_runs_of(gaps))
 
 
 _SLOPE, _SAME = "gap per doubling of m", f"noise of {ghosts.NOISY} − BN at m = {ghosts.NOISY}"
 
 
-def _ghost(rows: Sequence[Row], part: str, best: Best) -> dict[str, dict[int, float]]:
+def _ghost(tuned: Tuned, part: str) -> dict[str, dict[int, float]]:
     """Slope of the gap over log2 of the ghost size, and the noise arm minus BN, by seed."""
-    if "ghost" not in best:
-        return {_SLOPE: {}, _SAME: {}}
-    gaps = _gaps(rows)
-    by = {arm: gaps.get((part, "ghost", arm, best["ghost"][arm]), {}) for arm in GROUPS["ghost"]}
+    gaps = _gaps(tuned)
+    by = {arm: gaps.ended(part, "ghost", arm) for arm in GROUPS["ghost"]}
     shared = sorted(set.intersection(*(set(by_seed) for by_seed in by.values())))
     x = [math.log2(m) for m in ghosts.SIZES]
     slopes = {
@@ -354,11 +343,9 @@ def _small(effects: Mapping[str, Mapping[int, float]]) -> dict[int, float]:
     return {s: dropout[s] - 2 * bn[s] for s in sorted(bn.keys() & dropout.keys())}
 
 
-def _saved(runs: Runs, part: str, best: Best) -> dict[str, dict[int, float]]:
+def _saved(tuned: Tuned, part: str) -> dict[str, dict[int, float]]:
     """Shares of the area of the training loss that BN saves, with its noise and without."""
-    if "noise" not in best:
-        return {"bn": {}, "full": {}}
-    none, bn, full = (runs.get((part, "noise", a, best["noise"][a]), {}) for a in NOISE)
+    none, bn, full = (tuned.ended(part, "noise", arm) for arm in NOISE)
     shared = sorted(none.keys() & bn.keys() & full.keys())
     return {
         name: {s: 1 - by_seed[s].final / none[s].final for s in shared}
@@ -371,28 +358,22 @@ def _noise(saved: Mapping[str, Mapping[int, float]]) -> dict[int, float]:
     return {s: share * saved["bn"][s] - saved["full"][s] for s in saved["bn"]}
 
 
-def _planned(runs: Runs, rows: Sequence[Row], best: Best, group: str) -> int | None:
+def _planned(tuned: Tuned, group: str) -> int | None:
     """Seeds that the pilot asks for, None before it is complete."""
-    limits = {claim: claims()[claim].thresholds for claim in CLAIMS}
-    pilot: dict[str, tuple[dict[int, float], float]]
+    delta = {claim: claims()[claim].thresholds["delta"] for claim in CLAIMS}
     if group == "noise":
-        noise = _noise(_saved(runs, "pilot", best))
-        pilot = {"noise": (noise, limits["reg-by-noise"]["delta"])}
+        pilot = {_NOISE: _noise(_saved(tuned, "pilot"))}
+        deltas = {_NOISE: delta["reg-by-noise"]}
     elif group == "ghost":
-        ghost, of = _ghost(rows, "pilot", best), limits["noise-reg"]
-        pilot = {"slope": (ghost[_SLOPE], of["delta"]), "same": (ghost[_SAME], of["same"])}
+        pilot = _ghost(tuned, "pilot")
+        deltas = {_SLOPE: delta["noise-reg"], _SAME: claims()["noise-reg"].thresholds["same"]}
     else:
-        small = _small(_effects(rows, "pilot", best))
         pilot = {
-            "gain": (_gain(runs, "pilot", best, "bn"), limits["no-dropout"]["delta"]),
-            "small": (small, limits["reg-small"]["delta"]),
+            _CONTRAST: _gain(tuned, "pilot", "bn"),
+            _SMALL: _small(_effects(tuned, "pilot")),
         }
-    if not complete({name: values for name, (values, _) in pilot.items()}):
-        return None
-    return max(
-        planned_n(values.values(), delta, LEAST_SEEDS, MOST_SEEDS)
-        for values, delta in pilot.values()
-    )
+        deltas = {_CONTRAST: delta["no-dropout"], _SMALL: delta["reg-small"]}
+    return asked_for(pilot, deltas, LEAST_SEEDS, MOST_SEEDS) if complete(pilot) else None
 
 
 # -- one cell -----------------------------------------------------------------------------------
@@ -516,80 +497,67 @@ def judge(rows: list[Row]) -> list[Verdict]:
     """All claims; what is missing makes them inconclusive."""
     if not rows:
         return []
-    budget, data = str(rows[0]["budget"]), str(rows[0]["data"])
-    plan, runs = PLANS[budget], _runs_of(rows)
-    tunings = search(runs, GROUPS, plan.rates, grow=plan.decides)
-    best, of = chosen(tunings), {c: claims()[c].thresholds["delta"] for c in CLAIMS}
-    planned = _planned(runs, rows, best, "dropout")
-    about = {
-        group: tuning_notes({group: tunings[group]}, budget, decides=plan.decides)
-        + diverged_note({key: by for key, by in runs.items() if key[1] == group})
-        for group in GROUPS
-    }
-    notes = about["dropout"]
-    setting = Setting(
-        "regularization",
-        budget,
-        data,
-        f"MLP 200-200 on {plan.size:,} images",
-        "each network at its best learning rate",
-        "points of accuracy",
-        plan.decides,
-    )
-    gain, without = (_gain(runs, "fair", best, norm) for norm in NORMS)
-    helped = superiority(without.values(), of["no-dropout"], LEAST_SEEDS)
-    own = list(notes)
-    if "dropout" in best:
-        doses = _doses(runs, best)
-        own.append(f"Best dropout: {doses['bn']} with BN, {doses['none']} without.")
-        bn, none = (
-            Trained("dropout", a, best["dropout"][a]) for a in (f"bn, {NONE}", f"none, {NONE}")
-        )
-        alone = minus(runs, "fair", bn, none)
-        if len(alone) > 1:
-            own.append(f"BN − none, both without dropout: {span(interval(alone.values()))}.")
-    if helped.interval:
-        own.append(f"Positive control, {_CONTROL}: {span(helped.interval)}, {helped.status}.")
-    pilot = {_CONTRAST: list(_gain(runs, "pilot", best, "bn").values())}
-    found = []
-    for claim in ("no-dropout", "bn-plus-dropout"):
-        if claim == "no-dropout":
-            one = _unneeded(list(gain.values()), of[claim], helped)
-        else:
-            one = superiority(gain.values(), of[claim], EQUIVALENCE_SEEDS)
-        verdict = fair_verdict(
-            claim, setting, WORDS[claim], _alone(_CONTRAST, one), pilot=pilot, planned=planned,
-            notes=own,
-        )  # fmt: skip
-        more = shown(_CONTROL, list(without.values()), "control")
-        found.append(dataclasses.replace(verdict, cells=[*verdict.cells, *_as(verdict, more)]))
+    tuned = _settled(rows, PLANS[str(rows[0]["budget"])])
+    return [*_dropout_verdicts(tuned), _noise_verdict(tuned), _ghost_verdict(tuned)]
 
-    effects = _effects(rows, "fair", best)
+
+def _dropout_verdicts(tuned: Tuned) -> list[Verdict]:
+    """no-dropout, bn-plus-dropout and reg-small."""
+    of = {claim: claims()[claim].thresholds["delta"] for claim in CLAIMS}
+    planned, notes = _planned(tuned, "dropout"), tuned.notes("dropout")
+    size = PLANS[str(tuned.rows[0]["budget"])].size
+    setting = tuned.setting("regularization", f"MLP 200-200 on {size:,} images")
+    gain, without = (_gain(tuned, "fair", norm) for norm in NORMS)
+    helped = superiority(without.values(), of["no-dropout"], LEAST_SEEDS)
+    told = list(notes)
+    if "dropout" in tuned.best:
+        doses = _doses(tuned)
+        told.append(f"Best dropout: {doses['bn']} with BN, {doses['none']} without.")
+        alone_bn = tuned.minus("fair", "dropout", f"bn, {NONE}", f"none, {NONE}")
+        if len(alone_bn) > 1:
+            told.append(f"BN − none, both without dropout: {span(interval(alone_bn.values()))}.")
+    if helped.interval:
+        told.append(f"Positive control, {_CONTROL}: {span(helped.interval)}, {helped.status}.")
+    outcomes = {
+        "no-dropout": _unneeded(list(gain.values()), of["no-dropout"], helped),
+        "bn-plus-dropout": superiority(gain.values(), of["bn-plus-dropout"], EQUIVALENCE_SEEDS),
+    }
+    found = [
+        beside(
+            fair_verdict(
+                claim,
+                setting,
+                WORDS[claim],
+                alone(_CONTRAST, one),
+                pilot={_CONTRAST: _gain(tuned, "pilot", "bn")},
+                planned=planned,
+                notes=told,
+            ),
+            shown(_CONTROL, list(without.values()), "control"),
+        )
+        for claim, one in outcomes.items()
+    ]
+    effects = _effects(tuned, "fair")
     for name, by_seed in effects.items():
         if len(by_seed) > 1:
             notes.append(f"Gap made smaller by {name}: {span(interval(by_seed.values()))} points.")
     works = superiority(effects["dropout"].values(), of["reg-small"], LEAST_SEEDS)
     small = controlled(lies_above(_small(effects).values(), 0.0, LEAST_SEEDS), works)
-    found.append(
-        fair_verdict(
-            "reg-small",
-            setting,
-            WORDS["reg-small"],
-            _alone(_SMALL, small),
-            pilot={_SMALL: list(_small(_effects(rows, "pilot", best)).values())},
-            planned=planned,
-            notes=notes,
-        )
+    third = fair_verdict(
+        "reg-small",
+        setting,
+        WORDS["reg-small"],
+        alone(_SMALL, small),
+        pilot={_SMALL: _small(_effects(tuned, "pilot"))},
+        planned=planned,
+        notes=notes,
     )
-    found.append(_noise_verdict(rows, runs, best, setting, about["noise"]))
-    found.append(_ghost_verdict(rows, runs, best, setting, about["ghost"]))
-    return found
+    return [*found, third]
 
 
-def _ghost_verdict(
-    rows: Sequence[Row], runs: Runs, best: Best, setting: Setting, common: Sequence[str]
-) -> Verdict:
-    limits, by, notes = claims()["noise-reg"].thresholds, _ghost(rows, "fair", best), list(common)
+def _ghost_verdict(tuned: Tuned) -> Verdict:
+    limits, notes = claims()["noise-reg"].thresholds, tuned.notes("ghost")
+    by, size = _ghost(tuned, "fair"), PLANS[str(tuned.rows[0]["budget"])].size
     found = superiority(by[_SLOPE].values(), limits["delta"], LEAST_SEEDS)
     same = equivalence(by[_SAME].values(), limits["same"], EQUIVALENCE_SEEDS)
     if found.status == "supported" and same.status != "supported":
@@ -599,19 +567,19 @@ def _ghost_verdict(
         )
     if same.interval:
         notes.append(f"Gap, {_SAME}: {span(same.interval)} points, {same.status}.")
-    for name, key in (("Gap", _gaps(rows)), ("Test accuracy", runs)):
-        means = []
-        for arm in GROUPS["ghost"] if "ghost" in best else ():
-            ended = key.get(("fair", "ghost", arm, best["ghost"][arm]), {})
-            if ended:
-                mean = math.fsum(run.final for run in ended.values()) / len(ended)
-                means.append(f"{arm} {mean:.2f}")
+    for name, of in (("Gap", _gaps(tuned)), ("Test accuracy", tuned)):
+        means = [
+            f"{arm} {statistics.fmean(run.final for run in ended.values()):.2f}"
+            for arm in GROUPS["ghost"]
+            if (ended := of.ended("fair", "ghost", arm))
+        ]
         if means:
             notes.append(f"{name} (points): {', '.join(means)}.")
     verdict = fair_verdict(
         "noise-reg",
-        setting._replace(
-            network=f"MLP 100-100 on {PLANS[setting.budget].size:,} images",
+        tuned.setting(
+            "regularization",
+            f"MLP 100-100 on {size:,} images",
             unit="points of the gap per doubling of m",
         ),
         Words(
@@ -621,20 +589,17 @@ def _ghost_verdict(
             "doubling of the ghost size: {refuted}",
             "the gap between training and test accuracy changes so: {weakest}",
         ),
-        _alone(_SLOPE, found),
-        pilot={_SLOPE: list(_ghost(rows, "pilot", best)[_SLOPE].values())},
-        planned=_planned(runs, rows, best, "ghost"),
+        alone(_SLOPE, found),
+        pilot=_ghost(tuned, "pilot"),
+        planned=_planned(tuned, "ghost"),
         notes=notes,
     )
-    more = shown(_SAME, list(by[_SAME].values()), "control")
-    return dataclasses.replace(verdict, cells=[*verdict.cells, *_as(verdict, more)])
+    return beside(verdict, shown(_SAME, list(by[_SAME].values()), "control"))
 
 
-def _noise_verdict(
-    rows: Sequence[Row], runs: Runs, best: Best, setting: Setting, common: Sequence[str]
-) -> Verdict:
-    limits, notes = claims()["reg-by-noise"].thresholds, list(common)
-    saved = _saved(runs, "fair", best)
+def _noise_verdict(tuned: Tuned) -> Verdict:
+    limits, notes = claims()["reg-by-noise"].thresholds, tuned.notes("noise")
+    saved = _saved(tuned, "fair")
     control = superiority(saved["bn"].values(), limits["delta"], LEAST_SEEDS)
     found = controlled(lies_above(_noise(saved).values(), 0.0, LEAST_SEEDS), control)
     if control.interval:
@@ -644,18 +609,23 @@ def _noise_verdict(
             f"Positive control, share of the area of the training loss that BN saves: "
             f"{span(control.interval)}, {control.status}. Without noise: {full:.2f}{kept}."
         )
-    tested, more = collect(rows, KEYS), []
-    if "noise" in best:
-        none, bn_arm, full_arm = (Trained("noise", a, best["noise"][a]) for a in NOISE)
-        for name, arm in (("bn", bn_arm), ("full", full_arm)):
-            more += shown(f"test accuracy, {name} − none (points)",
-                          list(minus(tested, "fair", arm, none).values()))  # fmt: skip
+    tested = tuned._replace(runs=collect(tuned.rows, KEYS))
+    more = [
+        cell
+        for arm in ("bn", "full")
+        for cell in shown(
+            f"test accuracy, {arm} − none (points)",
+            list(tested.minus("fair", "noise", arm, "none").values()),
+        )
+    ]
+    size = PLANS[str(tuned.rows[0]["budget"])].noise_size
     much = f"{100 * limits['share']:.0f} %"
     what = "of the area of the training loss that batch normalization saves"
     verdict = fair_verdict(
         "reg-by-noise",
-        setting._replace(
-            network=f"MLP 100-100 on {PLANS[setting.budget].noise_size:,} images",
+        tuned.setting(
+            "regularization",
+            f"MLP 100-100 on {size:,} images",
             unit="share of the area of the training loss",
         ),
         Words(
@@ -663,12 +633,12 @@ def _noise_verdict(
             f"statistics without noise keep more than {much} {what}: {{refuted}}",
             f"needed to keep {much} {what}, minus kept without noise: {{weakest}}",
         ),
-        _alone(_NOISE, found),
-        pilot={_NOISE: list(_noise(_saved(runs, "pilot", best)).values())},
-        planned=_planned(runs, rows, best, "noise"),
+        alone(_NOISE, found),
+        pilot={_NOISE: _noise(_saved(tuned, "pilot"))},
+        planned=_planned(tuned, "noise"),
         notes=notes,
     )
-    return dataclasses.replace(verdict, cells=[*verdict.cells, *_as(verdict, more)])
+    return beside(verdict, more)
 
 
 def _unneeded(gain: Sequence[float], delta: float, helped: Outcome) -> Outcome:
@@ -678,17 +648,6 @@ def _unneeded(gain: Sequence[float], delta: float, helped: Outcome) -> Outcome:
         p = lies_above([-v for v in gain], -delta).p
         found = dataclasses.replace(found, status="supported", reason="dropout harms", p=p)
     return controlled(found, helped) if found.status == "supported" else found
-
-
-def _alone(name: str, found: Outcome) -> Outcome:
-    """An outcome of one cell, with that cell."""
-    weakest = name if found.interval else None
-    return dataclasses.replace(found, cells={name: found}, weakest=weakest)
-
-
-def _as(verdict: Verdict, more: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """The same cells, as a demonstration where the verdict is one."""
-    return [{**c, "status": "demo", "reason": ""} if verdict.status == "demo" else c for c in more]
 
 
 WORDS = {
@@ -716,42 +675,32 @@ def figures(rows: list[Row]) -> list[dict[str, Any]]:
     """Test accuracy at the end of training, and how rates and dropouts were chosen."""
     if not rows:
         return []
-    plan, runs = PLANS[str(rows[0]["budget"])], _runs_of(rows)
-    where = PLACES.get(str(rows[0]["data"]), str(rows[0]["data"]))
-    best = chosen(search(runs, GROUPS, plan.rates, grow=plan.decides))
+    plan = PLANS[str(rows[0]["budget"])]
+    tuned, where = _settled(rows, plan), place(rows)
     panels = []
     for norm, title in (("bn", "with batch normalization"), ("none", "without")):
-        if "dropout" not in best:
-            continue
-        series = []
-        for dose, style in ((_doses(runs, best)[norm], "bn"), (NONE, "none")):
-            arm = f"{norm}, {dose}"
-            ended = runs.get(("fair", "dropout", arm, best["dropout"][arm]), {})
-            if ended:
-                series.append({**curve(ended, style), "name": dose})
+        doses = (_doses(tuned)[norm], NONE) if "dropout" in tuned.best else ()
+        series = [
+            {**curve(ended, style), "name": dose}
+            for dose, style in zip(doses, ("bn", "none"), strict=False)
+            if (ended := tuned.ended("fair", "dropout", f"{norm}, {dose}"))
+        ]
         if series:
             panels.append({"title": title, "series": series})
-    drawn = curves(
-        "regularization",
-        "dropout",
-        f"Test accuracy on {where} with the best dropout and with none",
-        f"{plan.size:,} training images, each network at its best learning rate. Mean over seeds; "
-        "the band is its 95 % interval.",
-        "training step",
-        panels,
-    )
-    tuned = tuning_figure(
-        "regularization",
-        "tuning",
-        rows,
-        runs,
-        {"dropout": DROPOUT},
-        "with and without dropout",
-    )
-    return [*([drawn] if panels else []), *_losses(rows, best, where), *tuned]
+    return [
+        *figure(
+            "regularization",
+            "dropout",
+            f"Test accuracy on {where} with the best dropout and with none",
+            f"{plan.size:,} training images, each network at its best learning rate. {BAND}",
+            panels,
+        ),
+        *_losses(tuned, where),
+        *tuning_figure("regularization", tuned, "with and without dropout", {"dropout": DROPOUT}),
+    ]
 
 
-def _losses(rows: Sequence[Row], best: Best, where: str) -> list[dict[str, Any]]:
+def _losses(tuned: Tuned, where: str) -> list[dict[str, Any]]:
     """Training loss of the noise arms over the steps: geometric mean and range over seeds."""
     series: list[dict[str, Any]] = []
     for name, style, label in (
@@ -760,10 +709,10 @@ def _losses(rows: Sequence[Row], best: Best, where: str) -> list[dict[str, Any]]
         ("full", "bn", "with statistics of all images"),
     ):
         by_step: dict[int, list[float]] = {}
-        for row in rows:
-            of = (row.get("part"), row.get("group"), row.get("arm"), row.get("rate"))
+        rate = tuned.best.get("noise", {}).get(name)
+        for row in tuned.rows:
             loss, step = row.get("train_loss"), row["step"]
-            drawn = of == ("fair", "noise", name, best.get("noise", {}).get(name))
+            drawn = tuple(row.get(key) for key in KEYS) == ("fair", "noise", name, rate)
             if drawn and isinstance(loss, float) and isinstance(step, int):
                 by_step.setdefault(step, []).append(max(loss, 1e-9))
         if by_step:

@@ -53,6 +53,7 @@ Rows: arm fields part ("tuning", "init", "hyper"), group (the activation), arm (
 `step`, `accuracy`, `diverged`, and the setting: `scale`, `learning_rate`, `momentum`.
 """
 
+import dataclasses
 import math
 import statistics
 from collections.abc import Iterator, Mapping, Sequence
@@ -64,7 +65,7 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 from gammabeta._runs import Row, Scalar
-from gammabeta.studies._answer import PLACES, Setting, Words
+from gammabeta.studies._answer import Words
 from gammabeta.studies._beside import answered
 from gammabeta.studies._claims import claims
 from gammabeta.studies._data import Images
@@ -77,11 +78,16 @@ from gammabeta.studies._tuned import (
     KEYS,
     Best,
     Trained,
-    chosen,
-    search,
+    Tuned,
+    guess,
+    own,
+    settle,
     tuning_figure,
     tuning_notes,
     wishes,
+)
+from gammabeta.studies._tuned import (
+    place as place_of,
 )
 from gammabeta.studies._verdict import Outcome, Verdict
 
@@ -127,36 +133,25 @@ class Drawn(NamedTuple):
 def cells(budget: str, data: str, seeds: int | None, rows: list[Row]) -> list[Cell]:
     """The settings of all hyperparameters; tuning; then those of the initialization."""
     plan = PLANS[budget]
-    runs = collect([r for r in rows if (r["budget"], r["data"]) == (budget, data)], KEYS)
-    tunings = search(runs, GROUPS, plan.rates, grow=plan.decides)
-    best = chosen(tunings)
-    grids = {group: tuning.grid for group, tuning in tunings.items()}
-    return _wanted(plan, seeds, grids, best if len(best) == len(GROUPS) else None)
+    return _wanted(plan, seeds, settle(own(rows, budget, data), GROUPS, plan))
 
 
 def expected(budget: str, data: str, seeds: int | None) -> list[Cell]:
     """About what a whole run asks for: each grid grows by one value."""
     plan = PLANS[budget]
-    grid = (*plan.rates, 3.0) if plan.decides else plan.rates
-    guess = {group: dict.fromkeys(NORMS, plan.rates[0]) for group in GROUPS}
-    return _wanted(plan, seeds, dict.fromkeys(GROUPS, grid), guess)
+    return _wanted(plan, seeds, guess(GROUPS, plan, (3.0,)))
 
 
-def _wanted(
-    plan: Plan, seeds: int | None, grids: Mapping[str, Sequence[float]], best: Best | None
-) -> list[Cell]:
+def _wanted(plan: Plan, seeds: int | None, tuned: Tuned) -> list[Cell]:
     count = plan.settings if seeds is None else seeds
-    tunings = {
-        group: search({}, {group: NORMS}, grid, grow=False)[group] for group, grid in grids.items()
-    }
-    trials = wishes(GROUPS, tunings, None, least=0, seeds=None, pilot=False, planned=None)
+    trials = wishes(GROUPS, tuned.tunings, None, least=0, seeds=None, pilot=False, planned=None)
     wanted = [_cell(plan, *wish) for wish in trials]
     for seed in range(count):
         for norm in NORMS:
             wanted.append(_cell(plan, 1, seed, "hyper", Trained("relu", norm, 0.0)))
             group = ACTIVATIONS[seed % len(ACTIVATIONS)]
-            if best:
-                what = Trained(group, norm, best[group][norm])
+            if len(tuned.best) == len(GROUPS):
+                what = Trained(group, norm, tuned.best[group][norm])
                 wanted.append(_cell(plan, 1, seed, "init", what))
     return wanted
 
@@ -311,37 +306,24 @@ def judge(rows: list[Row]) -> list[Verdict]:
     """Both claims; what is missing makes them inconclusive."""
     if not rows:
         return []
-    budget, data = str(rows[0]["budget"]), str(rows[0]["data"])
-    plan = PLANS[budget]
-    tunings = search(collect(rows, KEYS), GROUPS, plan.rates, grow=plan.decides)
-    best = chosen(tunings)
-    tuned = tuning_notes(tunings, budget, decides=plan.decides)
+    plan = PLANS[str(rows[0]["budget"])]
+    tuned = settle(rows, GROUPS, plan)
+    searched = tuning_notes(tuned.tunings, str(rows[0]["budget"]), decides=plan.decides)
     verdicts = []
     for claim, part in PARTS.items():
-        limits, found = claims()[claim].thresholds, pairs(rows, part, best)
+        limits, found = claims()[claim].thresholds, pairs(rows, part, tuned.best)
         target = 100 * limits["accuracy"]
         name = f"share of settings with {target:g} %, BN − none"
         outcome = decide(found, target, limits["delta"])
-        whole = Outcome(
-            outcome.status,
-            outcome.interval,
-            outcome.reason,
-            outcome.n_needed,
-            {name: outcome},
-            name,
-            outcome.p,
-        )
-        setting = Setting(
+        whole = dataclasses.replace(outcome, cells={name: outcome}, weakest=name)
+        setting = tuned.setting(
             "sensitivity",
-            budget,
-            data,
             "MLP 100-100",
             {
                 "init": "weights of any scale, each network at the rate best for usual ones",
                 "hyper": "random rates, scales and momenta",
             }[part],
             "share of settings",
-            plan.decides,
         )
         verdicts.append(
             answered(
@@ -354,7 +336,7 @@ def judge(rows: list[Row]) -> list[Verdict]:
                 pilot={},
                 planned=None,
                 notes=[
-                    *(tuned if part == "init" else tuned[-1:] * (not plan.decides)),
+                    *(searched if part == "init" else searched[-1:] * (not plan.decides)),
                     *_shares(found, target),
                 ],
                 beside=_beside(found, part, target),
@@ -413,10 +395,8 @@ def figures(rows: list[Row]) -> list[dict[str, Any]]:
     """Accuracy over each coordinate; the tuning."""
     if not rows:
         return []
-    plan, runs = PLANS[str(rows[0]["budget"])], collect(rows, KEYS)
-    best = chosen(search(runs, GROUPS, plan.rates, grow=plan.decides))
-    where = PLACES.get(str(rows[0]["data"]), str(rows[0]["data"]))
-    init, hyper = (pairs(rows, part, best) for part in PARTS.values())
+    tuned = settle(rows, GROUPS, PLANS[str(rows[0]["budget"])])
+    init, hyper = (pairs(rows, part, tuned.best) for part in PARTS.values())
     drawn = []
     for key, found, name, label, halves in (
         ("init", init, "scale", "standard deviation of the weights", ACTIVATIONS),
@@ -433,7 +413,7 @@ def figures(rows: list[Row]) -> list[dict[str, Any]]:
                 ]
                 panels.append({"title": half, "series": series})
         if panels:
-            title = f"Test accuracy on {where} over the {label}"
+            title = f"Test accuracy on {place_of(rows)} over the {label}"
             drawn.append(
                 {
                     "id": f"sensitivity-{key}",
@@ -447,7 +427,7 @@ def figures(rows: list[Row]) -> list[dict[str, Any]]:
                     "panels": panels,
                 }
             )
-    return drawn + tuning_figure("sensitivity", "tuning", rows, runs, GROUPS, "usual weights")
+    return drawn + tuning_figure("sensitivity", tuned, "usual weights")
 
 
 def _series(x: Sequence[float], y: Sequence[float], norm: str) -> dict[str, Any]:

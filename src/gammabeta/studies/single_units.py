@@ -69,30 +69,31 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 from gammabeta._runs import Row, Scalar
-from gammabeta.studies._answer import PLACES, Setting, Words, span
+from gammabeta.studies._answer import Setting, Words, span
 from gammabeta.studies._claims import claims
 from gammabeta.studies._data import Images
 from gammabeta.studies._experiments import Cell
 from gammabeta.studies._joint import Part, joint
 from gammabeta.studies._nets import MLP
 from gammabeta.studies._outcomes import all_controlled, alone, asked_for, beside, by_weakest
-from gammabeta.studies._pairs import Runs, collect
+from gammabeta.studies._pairs import Runs
 from gammabeta.studies._points import Axes, drawings
 from gammabeta.studies._train import accuracy, fair_split, pixels, stream, train
 from gammabeta.studies._tuned import (
     EQUIVALENCE_SEEDS,
-    KEYS,
     MOST_SEEDS,
-    Best,
     Trained,
-    chosen,
+    Tuned,
     complete,
     fair_verdict,
-    search,
+    guess,
+    needed,
+    own,
+    place,
+    settle,
     shown,
     tuning_figure,
     tuning_notes,
-    wishes,
 )
 from gammabeta.studies._verdict import Verdict, superiority
 from gammabeta.studies.regularization import Dropout
@@ -142,40 +143,15 @@ PLANS = {
 def cells(budget: str, data: str, seeds: int | None, rows: list[Row]) -> list[Cell]:
     """Tuning until both grids are settled; then all arms; pilot; more seeds."""
     plan = PLANS[budget]
-    rows = [r for r in rows if (r["budget"], r["data"]) == (budget, data)]
-    tunings = search(collect(rows, KEYS), GROUPS, plan.rates, grow=plan.decides)
-    best = chosen(tunings)
-    wanted = wishes(
-        GROUPS,
-        tunings,
-        _main(best) if len(best) == len(GROUPS) else None,
-        least=plan.seeds,
-        seeds=seeds,
-        pilot=plan.decides,
-        planned=_planned(rows, best),
-    )
-    return [_cell(plan, *wish) for wish in wanted]
+    tuned = settle(own(rows, budget, data), GROUPS, plan)
+    return [_cell(plan, *wish) for wish in needed(tuned, plan.seeds, seeds, [_planned(tuned)])]
 
 
 def expected(budget: str, data: str, seeds: int | None) -> list[Cell]:
     """About what a whole run asks for: grids grow by one rate, and half as many seeds more."""
     plan = PLANS[budget]
-    rates = (*plan.rates, 3.0) if plan.decides else plan.rates
-    guess = {group: dict.fromkeys(arms, 0.3) for group, arms in GROUPS.items()}
-    wanted = wishes(
-        GROUPS,
-        search({}, GROUPS, rates, grow=False),
-        _main(guess),
-        least=plan.seeds,
-        seeds=seeds,
-        pilot=plan.decides,
-        planned=plan.seeds * 3 // 2,
-    )
+    wanted = needed(guess(GROUPS, plan, (3.0,), 0.3), plan.seeds, seeds, [plan.seeds * 3 // 2])
     return [_cell(plan, *wish) for wish in wanted]
-
-
-def _main(best: Best) -> list[Trained]:
-    return [Trained(group, arm, best[group][arm]) for group, arms in GROUPS.items() for arm in arms]
 
 
 def _cell(plan: Plan, wave: int, seed: int, part: str, what: Trained) -> Cell:
@@ -197,14 +173,14 @@ def _cell(plan: Plan, wave: int, seed: int, part: str, what: Trained) -> Cell:
 Values = Mapping[tuple[str, str], Mapping[int, float]]  # network, arm -> by seed
 
 
-def _values(rows: Sequence[Row], part: str, best: Best, key: str) -> Values:
+def _values(tuned: Tuned, part: str, key: str) -> Values:
     """A number at the end of the runs that arrived at the loss, in points where it is a share."""
     found: dict[tuple[str, str], dict[int, float]] = {
         (group, arm): {} for group, arms in GROUPS.items() for arm in arms
     }
-    for row in rows:
+    for row in tuned.rows:
         of = (str(row.get("group")), str(row.get("arm")))
-        rate, seed, value = best.get(of[0], {}).get(of[1]), row["seed"], row.get(key)
+        rate, seed, value = tuned.best.get(of[0], {}).get(of[1]), row["seed"], row.get(key)
         ours = of in found and (row.get("part"), row.get("rate")) == (part, rate)
         if ours and "area" in row and isinstance(seed, int) and isinstance(value, int | float):
             found[of][seed] = 100 * value if key == "accuracy" else float(value)
@@ -228,9 +204,9 @@ def rank_correlation(x: Sequence[float], y: Sequence[float]) -> float:
     return statistics.correlation(list(rankdata(x)), list(rankdata(y)))
 
 
-def _correlations(rows: Sequence[Row], part: str, best: Best) -> dict[int, float]:
+def _correlations(tuned: Tuned, part: str) -> dict[int, float]:
     """Rank correlation of area and test accuracy over the arms of the narrower network, by seed."""
-    areas, shares = (_values(rows, part, best, key) for key in ("area", "accuracy"))
+    areas, shares = (_values(tuned, part, key) for key in ("area", "accuracy"))
     arms = [(NARROW, arm) for arm in ARMS]
     seeds = sorted(set.intersection(*(set(areas[arm]) for arm in arms)))
     return {
@@ -239,15 +215,15 @@ def _correlations(rows: Sequence[Row], part: str, best: Best) -> dict[int, float
     }
 
 
-def _pilot(rows: Sequence[Row], best: Best) -> dict[str, dict[int, float]]:
-    areas = _values(rows, "pilot", best, "area")
+def _pilot(tuned: Tuned) -> dict[str, dict[int, float]]:
+    areas = _values(tuned, "pilot", "area")
     found = {group: _minus(areas, group, "bn") for group in GROUPS}
-    return {**found, _RHO: _correlations(rows, "pilot", best)}
+    return {**found, _RHO: _correlations(tuned, "pilot")}
 
 
-def _planned(rows: Sequence[Row], best: Best) -> int | None:
+def _planned(tuned: Tuned) -> int | None:
     """Seeds that the pilot asks for, None before it is complete."""
-    pilot = _pilot(rows, best)
+    pilot = _pilot(tuned)
     if not complete(pilot):
         return None
     deltas = {group: claims()["unit-reliance"].thresholds["delta"] for group in GROUPS}
@@ -364,23 +340,19 @@ def judge(rows: list[Row]) -> list[Verdict]:
     """Both claims, fair; what is missing makes them inconclusive."""
     if not rows:
         return []
-    budget, data = str(rows[0]["budget"]), str(rows[0]["data"])
-    plan, runs = PLANS[budget], collect(rows, KEYS)
-    tunings = search(runs, GROUPS, plan.rates, grow=plan.decides)
-    best = chosen(tunings)
-    notes = tuning_notes(tunings, budget, decides=plan.decides) + _late(runs)
-    setting = Setting(
+    plan = PLANS[str(rows[0]["budget"])]
+    tuned = settle(rows, GROUPS, plan)
+    notes = tuning_notes(tuned.tunings, str(rows[0]["budget"]), decides=plan.decides)
+    notes += _late(tuned.runs)
+    setting = tuned.setting(
         "single-units",
-        budget,
-        data,
         f"MLPs of two layers on {plan.size:,} images",
         f"at a training loss of {plan.loss:g}, each network at its best learning rate",
         "area under relative accuracy",
-        plan.decides,
     )
     return [
-        _reliance_verdict(rows, best, setting, notes),
-        _correlation_verdict(rows, best, setting, notes),
+        _reliance_verdict(tuned, setting, notes),
+        _correlation_verdict(tuned, setting, notes),
     ]
 
 
@@ -390,27 +362,21 @@ def _late(runs: Runs) -> list[str]:
     return [f"Runs that did not arrive at the loss, and are left out: {count}."] if count else []
 
 
-def _reliance_verdict(
-    rows: Sequence[Row], best: Best, setting: Setting, common: Sequence[str]
-) -> Verdict:
+def _reliance_verdict(tuned: Tuned, setting: Setting, common: Sequence[str]) -> Verdict:
     claim, notes, more = "unit-reliance", list(common), []
     limits = claims()[claim].thresholds
     areas, shares, losses, steps = (
-        _values(rows, "fair", best, key) for key in ("area", "accuracy", "train_loss", "step")
+        _values(tuned, "fair", key) for key in ("area", "accuracy", "train_loss", "step")
     )
-    found = joint(
-        {
-            group: Part(list(_minus(areas, group, "bn").values()), "superiority", limits["delta"])
-            for group in GROUPS
-        },
-        EQUIVALENCE_SEEDS,
-    )
-    control = joint(
-        {
-            group: Part(list(_minus(shares, group, "bn").values()), "superiority", limits["gain"])
-            for group in GROUPS
-        },
-        EQUIVALENCE_SEEDS,
+    found, control = (
+        joint(
+            {
+                group: Part(list(_minus(values, group, "bn").values()), "superiority", limits[key])
+                for group in GROUPS
+            },
+            EQUIVALENCE_SEEDS,
+        )
+        for values, key in ((areas, "delta"), (shares, "gain"))
     )
     for group, cell in control.cells.items():
         if cell.interval:
@@ -420,12 +386,9 @@ def _reliance_verdict(
             )
         gain = list(_minus(shares, group, "bn").values())
         more += shown(f"test accuracy, bn − none, {group}", gain, "control")
-    for arm in ARMS:
-        if arm not in ("none", "bn"):
-            more += shown(f"area, {arm} − none", list(_minus(areas, NARROW, arm).values()))
-            more += shown(
-                f"test accuracy, {arm} − none", list(_minus(shares, NARROW, arm).values())
-            )
+    for arm in (arm for arm in ARMS if arm not in ("none", "bn")):
+        for label, values in (("area", areas), ("test accuracy", shares)):
+            more += shown(f"{label}, {arm} − none", list(_minus(values, NARROW, arm).values()))
     ends = (("Area", areas, 3), ("Training loss", losses, 3), ("Steps to it", steps, 0))
     for label, values, digits in ends:
         said = [
@@ -435,7 +398,6 @@ def _reliance_verdict(
         ]
         if said:
             notes.append(f"{label}, {NARROW}: {', '.join(said)}.")
-    pilot = {name: list(by_seed.values()) for name, by_seed in _pilot(rows, best).items()}
     # Without the control a verdict on the areas would stand for one on regularization.
     outcome = all_controlled(by_weakest(found), control)
     verdict = fair_verdict(
@@ -447,18 +409,16 @@ def _reliance_verdict(
             "with − without batch normalization is smallest in {weakest}",
         ),
         outcome,
-        pilot=pilot,
-        planned=_planned(rows, best),
+        pilot=_pilot(tuned),
+        planned=_planned(tuned),
         notes=notes,
     )
     return beside(verdict, more)
 
 
-def _correlation_verdict(
-    rows: Sequence[Row], best: Best, setting: Setting, notes: Sequence[str]
-) -> Verdict:
+def _correlation_verdict(tuned: Tuned, setting: Setting, notes: Sequence[str]) -> Verdict:
     claim = "single-direction"
-    rho = list(_correlations(rows, "fair", best).values())
+    rho = list(_correlations(tuned, "fair").values())
     delta = claims()[claim].thresholds["delta"]
     return fair_verdict(
         claim,
@@ -470,8 +430,8 @@ def _correlation_verdict(
             "they go together by {weakest}",
         ),
         alone(_RHO, superiority(rho, delta, EQUIVALENCE_SEEDS)),
-        pilot={_RHO: list(_pilot(rows, best)[_RHO].values())},
-        planned=_planned(rows, best),
+        pilot=_pilot(tuned),
+        planned=_planned(tuned),
         notes=notes,
     )
 
@@ -480,17 +440,16 @@ def figures(rows: list[Row]) -> list[dict[str, Any]]:
     """The ablation curves, and how the rates were chosen."""
     if not rows:
         return []
-    runs = collect(rows, KEYS)
-    where = PLACES.get(str(rows[0]["data"]), str(rows[0]["data"]))
-    own = [row for row in rows if row.get("part") == "fair"]
+    tuned = settle(rows, GROUPS, PLANS[str(rows[0]["budget"])])
+    fair = [row for row in rows if row.get("part") == "fair"]
     axes = {
         group: Axes(
-            f"Relative accuracy on {where} with hidden units clamped, {group}",
+            f"Relative accuracy on {place(rows)} with hidden units clamped, {group}",
             "share of the hidden units",
             "relative accuracy",
             caption="At equal training loss, each network at its best learning rate.",
         )
         for group in GROUPS
     }
-    drawn = drawings("single-units", axes, own)
-    return [*drawn, *tuning_figure("single-units", "tuning", rows, runs, GROUPS, "at equal loss")]
+    drawn = drawings("single-units", axes, fair)
+    return [*drawn, *tuning_figure("single-units", tuned, "at equal loss")]

@@ -92,12 +92,14 @@ from gammabeta._runs import Row, Scalar
 from gammabeta.layers.ghost import GhostBatchNorm1d
 from gammabeta.probes import smoothness
 from gammabeta.probes.step import Step
-from gammabeta.studies._answer import PLACES, Setting, Words, answer, span
+from gammabeta.studies._answer import Setting, Words, answer, span
+from gammabeta.studies._beside import answered, control_note, helped
 from gammabeta.studies._claims import claims
 from gammabeta.studies._data import Images
 from gammabeta.studies._experiments import Cell
 from gammabeta.studies._joint import Part, joint
 from gammabeta.studies._nets import MLP, Norm
+from gammabeta.studies._outcomes import asked_for
 from gammabeta.studies._pairs import LABELS, NORMS, collect
 from gammabeta.studies._train import (
     accuracy,
@@ -115,24 +117,21 @@ from gammabeta.studies._tuned import (
     MOST_SEEDS,
     Best,
     Trained,
-    chosen,
+    Tuned,
     complete,
-    diverged_note,
     fair_verdict,
-    minus,
-    search,
-    shown,
+    guess,
+    needed,
+    own,
+    place,
+    settle,
     tuning_figure,
-    tuning_notes,
-    wishes,
 )
 from gammabeta.studies._verdict import (
     Outcome,
     Verdict,
     controlled,
-    helps,
     interval,
-    planned_n,
     superiority,
     universal,
 )
@@ -183,36 +182,20 @@ Seen = dict[tuple[Scalar, ...], dict[int, dict[int, Row]]]  # KEYS -> seed -> st
 def cells(budget: str, data: str, seeds: int | None, rows: list[Row]) -> list[Cell]:
     """As published, and tuning until the grid is settled; the main runs; pilot; more seeds."""
     plan = PLANS[budget]
-    rows = [r for r in rows if (r["budget"], r["data"]) == (budget, data)]
-    tunings = search(collect(rows, KEYS), GROUPS, plan.rates, grow=plan.decides)
-    best = chosen(tunings)
-    wanted = wishes(
-        GROUPS,
-        tunings,
-        [Trained("deep", arm, rate) for arm, rate in best["deep"].items()] if best else None,
-        least=plan.seeds,
-        seeds=seeds,
-        pilot=plan.decides,
-        planned=_planned(rows, best),
-    )
-    ghost = _ghosts(plan, seeds, best["deep"]["bn"]) if best else []
-    return [_cell(plan, *wish) for wish in wanted] + _published(plan, seeds) + ghost
+    tuned = settle(own(rows, budget, data), GROUPS, plan)
+    return _wanted(tuned, plan, seeds, _planned(tuned.rows, tuned.best))
 
 
 def expected(budget: str, data: str, seeds: int | None) -> list[Cell]:
     """About what a whole run asks for: no grid grows, half as many seeds more than the least."""
     plan = PLANS[budget]
-    wanted = wishes(
-        GROUPS,
-        search({}, GROUPS, plan.rates, grow=False),
-        [Trained("deep", arm, plan.rates[0]) for arm in GROUPS["deep"]],
-        least=plan.seeds,
-        seeds=seeds,
-        pilot=plan.decides,
-        planned=plan.seeds * 3 // 2,
-    )
-    ghost = _ghosts(plan, seeds, plan.rates[0])
-    return [_cell(plan, *wish) for wish in wanted] + _published(plan, seeds) + ghost
+    return _wanted(guess(GROUPS, plan), plan, seeds, plan.seeds * 3 // 2)
+
+
+def _wanted(tuned: Tuned, plan: Plan, seeds: int | None, planned: int | None) -> list[Cell]:
+    wanted = [_cell(plan, *wish) for wish in needed(tuned, plan.seeds, seeds, [planned])]
+    ghost = _ghosts(plan, seeds, tuned.best["deep"]["bn"]) if tuned.best else []
+    return wanted + _published(plan, seeds) + ghost
 
 
 def _ghosts(plan: Plan, seeds: int | None, rate: float) -> list[Cell]:
@@ -335,10 +318,11 @@ def _planned(rows: Sequence[Row], best: Best) -> int | None:
     if not complete(pilot) or not complete(area):
         return None
     limits = {claim: claims()[claim].thresholds["delta"] for claim in ("smoother", "lp-norm")}
-    wanted = [planned_n(v.values(), limits["smoother"], LEAST_SEEDS, MOST_SEEDS)
-              for v in pilot.values()]  # fmt: skip
-    wanted += [planned_n(v.values(), limits["lp-norm"], EQUIVALENCE_SEEDS, MOST_SEEDS)
-               for v in _norms(area).values() if v]  # fmt: skip
+    wanted = [asked_for(pilot, dict.fromkeys(pilot, limits["smoother"]), LEAST_SEEDS, MOST_SEEDS)]
+    norms = {arm: by_seed for arm, by_seed in _norms(area).items() if by_seed}
+    if norms:
+        deltas = dict.fromkeys(norms, limits["lp-norm"])
+        wanted.append(asked_for(norms, deltas, EQUIVALENCE_SEEDS, MOST_SEEDS))
     return max(wanted)
 
 
@@ -442,38 +426,38 @@ def judge(rows: list[Row]) -> list[Verdict]:
     """One claim, fair and as published; what is missing makes it inconclusive."""
     if not rows:
         return []
-    budget, data = str(rows[0]["budget"]), str(rows[0]["data"])
-    plan, runs, seen = PLANS[budget], collect(rows, KEYS), looks(rows)
-    tunings = search(runs, GROUPS, plan.rates, grow=plan.decides)
-    best = chosen(tunings)
-    rates, same = best.get("deep", {}), dict.fromkeys(NORMS, PUBLISHED_RATE)
-    limits = claims()["smoother"].thresholds
-
-    notes = tuning_notes(tunings, budget, decides=plan.decides) + diverged_note(runs)
-    helped = helps(
-        minus(runs, "fair", *(Trained("deep", n, rates[n]) for n in NORMS)).values()
-        if rates
-        else (),
-        limits["control"],
-        LEAST_SEEDS,
+    tuned = settle(rows, GROUPS, PLANS[str(rows[0]["budget"])])
+    setting = tuned.setting(
+        "smoothness",
+        "MLP of five layers",
+        unit="share of the area of the training loss that batch normalization saves",
     )
-    if helped.interval:
-        notes.append(
-            f"Positive control, test accuracy with − without: {span(helped.interval)} points, "
-            f"{helped.status}."
-        )
-    fair = universal(_named(smoother_by(seen, "fair", rates)), limits["delta"], LEAST_SEEDS)
-    raw = _named(smoother_by(seen, "published", same, "raw_"))
-    verdict = answer(
+    return [
+        _smoother_verdict(tuned),
+        _norms_verdict(tuned, setting),
+        _ghost_verdict(tuned, setting),
+    ]
+
+
+def _smoother_verdict(tuned: Tuned) -> Verdict:
+    seen, rates = looks(tuned.rows), tuned.best.get("deep", {})
+    same = dict.fromkeys(NORMS, PUBLISHED_RATE)
+    limits = claims()["smoother"].thresholds
+    control = helped(tuned.runs, "fair", "deep", rates, limits["control"])
+    fair, raw = (
+        universal(_named(by), limits["delta"], LEAST_SEEDS)
+        for by in (smoother_by(seen, "fair", rates), smoother_by(seen, "published", same, "raw_"))
+    )
+    beside = {
+        "at equal loss": at_equal_loss(seen, "fair", rates),
+        "at each best rate, not scale-free": smoother_by(seen, "fair", rates, "raw_"),
+    }
+    return answered(
         "smoother",
-        Setting(
+        tuned.setting(
             "smoothness",
-            budget,
-            data,
             "MLP of five layers",
-            "each network at its best learning rate",
-            "natural logarithm of the ratio without / with",
-            plan.decides,
+            unit="natural logarithm of the ratio without / with",
         ),
         Words(
             "loss and gradient change less along the gradient with batch normalization, "
@@ -482,39 +466,18 @@ def judge(rows: list[Row]) -> list[Verdict]:
             "scale-free: {refuted}",
             "the smallest contrast, scale-free, is {weakest}",
         ),
-        controlled(fair, helped),
-        {f"rate {PUBLISHED_RATE:g}, not scale-free": universal(raw, limits["delta"], LEAST_SEEDS)},
+        controlled(fair, control),
+        {f"rate {PUBLISHED_RATE:g}, not scale-free": raw},
         delta=limits["delta"],
         pilot=_named(smoother_by(seen, "pilot", rates)),
-        planned=_planned(rows, best),
-        notes=notes,
+        planned=_planned(tuned.rows, tuned.best),
+        notes=[*tuned.notes(), *control_note(control)],
+        beside={
+            f"{QUANTITIES[name]}, {where}": by_seed
+            for where, by in beside.items()
+            for name, by_seed in by.items()
+        },
     )
-    beside = {
-        "at equal loss": at_equal_loss(seen, "fair", rates),
-        "at each best rate, not scale-free": smoother_by(seen, "fair", rates, "raw_"),
-    }
-    more = [
-        cell
-        for where, by in beside.items()
-        for name, values in _named(by).items()
-        for cell in shown(f"{name}, {where}", values)
-    ]
-    if verdict.status == "demo":
-        more = [{**cell, "status": "demo", "reason": ""} for cell in more]
-    setting = Setting(
-        "smoothness",
-        budget,
-        data,
-        "MLP of five layers",
-        "each network at its best learning rate",
-        "share of the area of the training loss that batch normalization saves",
-        plan.decides,
-    )
-    return [
-        dataclasses.replace(verdict, cells=[*verdict.cells, *more]),
-        _norms_verdict(rows, best, setting, notes),
-        _ghost_verdict(rows, best, setting, notes),
-    ]
 
 
 def by_ghost(rows: Sequence[Row], best: Best) -> dict[str, dict[int, list[float]]]:
@@ -552,14 +515,12 @@ def spearman(values: Sequence[float]) -> tuple[float, float]:
     return found / scale, float(np.mean(every <= found + 1e-9))
 
 
-def _ghost_verdict(
-    rows: Sequence[Row], best: Best, setting: Setting, common: Sequence[str]
-) -> Verdict:
+def _ghost_verdict(tuned: Tuned, setting: Setting) -> Verdict:
     level = claims()["ghost-less-smooth"].thresholds["p"]
-    notes = [note for note in common if not note.startswith("Positive control")]
-    notes.append(f"Ghost sizes {', '.join(str(m) for m in (*GHOSTS, BATCH))}; 5 seeds, no pilot.")
+    sizes = ", ".join(str(m) for m in (*GHOSTS, BATCH))
+    notes = [*tuned.notes(), f"Ghost sizes {sizes}; 5 seeds, no pilot."]
     cells: dict[str, Outcome] = {}
-    for name, by_m in by_ghost(rows, best).items():
+    for name, by_m in by_ghost(tuned.rows, tuned.best).items():
         count = min(len(values) for values in by_m.values())
         if count < LEAST_SEEDS:
             cells[name] = Outcome("inconclusive", None, f"{count} of at least {LEAST_SEEDS} seeds")
@@ -610,12 +571,10 @@ def _ghost_verdict(
     return dataclasses.replace(verdict, published_status=None, delta=None)
 
 
-def _norms_verdict(
-    rows: Sequence[Row], best: Best, setting: Setting, common: Sequence[str]
-) -> Verdict:
-    limits = claims()["lp-norm"].thresholds
+def _norms_verdict(tuned: Tuned, setting: Setting) -> Verdict:
+    limits, notes = claims()["lp-norm"].thresholds, tuned.notes()
+    rows, best = tuned.rows, tuned.best
     area = areas(rows, "fair", best)
-    notes = [note for note in common if not note.startswith("Positive control")]
     saved = superiority(
         [1 - area["bn"][s] / area["none"][s] for s in area["bn"]], limits["control"], LEAST_SEEDS
     )
@@ -633,9 +592,7 @@ def _norms_verdict(
     if sizes:
         far = max(sizes, key=lambda name: sizes[name])
         found = dataclasses.replace(found, weakest=far, interval=found.cells[far].interval)
-    pilot = {
-        f"{arm} − BN": list(v.values()) for arm, v in _norms(areas(rows, "pilot", best)).items()
-    }
+    pilot = {f"{arm} − BN": v for arm, v in _norms(areas(rows, "pilot", best)).items()}
     return fair_verdict(
         "lp-norm",
         setting,
@@ -659,10 +616,8 @@ def figures(rows: list[Row]) -> list[dict[str, Any]]:
     """The three quantities over training, scale-free and as published; the tuning."""
     if not rows:
         return []
-    plan, runs, seen = PLANS[str(rows[0]["budget"])], collect(rows, KEYS), looks(rows)
-    where = PLACES.get(str(rows[0]["data"]), str(rows[0]["data"]))
-    rates = chosen(search(runs, GROUPS, plan.rates, grow=plan.decides)).get("deep", {})
-    rates = {norm: rates[norm] for norm in NORMS if norm in rates}
+    tuned, seen = settle(rows, GROUPS, PLANS[str(rows[0]["budget"])]), looks(rows)
+    rates = {norm: tuned.best["deep"][norm] for norm in NORMS} if tuned.best else {}
     both = [
         (
             "fair",
@@ -693,7 +648,7 @@ def figures(rows: list[Row]) -> list[dict[str, Any]]:
                 panels.append({"title": title, "series": series})
                 last = ", ".join(f"{s['y'][-1]:.3g} {s['name']}" for s in series)
                 ends.append(f"{title} {last}")
-        title = f"Smoothness of the loss along its gradient on {where}, {how}"
+        title = f"Smoothness of the loss along its gradient on {place(rows)}, {how}"
         if panels:
             found.append(
                 {
@@ -708,7 +663,7 @@ def figures(rows: list[Row]) -> list[dict[str, Any]]:
                     "panels": panels,
                 }
             )
-    return found + tuning_figure("smoothness", "tuning", rows, runs, GROUPS, "five layers")
+    return found + tuning_figure("smoothness", tuned, "five layers")
 
 
 def _series(by_seed: Mapping[int, Looks], norm: str, name: str) -> dict[str, Any]:

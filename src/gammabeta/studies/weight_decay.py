@@ -62,13 +62,14 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from gammabeta._runs import Row, Scalar
-from gammabeta.studies._answer import Setting, Words, span
+from gammabeta.studies._answer import Words, span
 from gammabeta.studies._beside import answered
 from gammabeta.studies._claims import claims
 from gammabeta.studies._data import Images
 from gammabeta.studies._experiments import Cell
 from gammabeta.studies._joint import Part, joint
-from gammabeta.studies._pairs import Runs, collect, gains
+from gammabeta.studies._outcomes import asked_for
+from gammabeta.studies._pairs import collect, gains
 from gammabeta.studies._points import Axes, drawings
 from gammabeta.studies._train import accuracy, fair_split, log_steps, pixels
 from gammabeta.studies._tuned import (
@@ -77,14 +78,16 @@ from gammabeta.studies._tuned import (
     MOST_SEEDS,
     Best,
     Trained,
-    chosen,
+    Tuned,
     complete,
-    search,
+    every,
+    guess,
+    needed,
+    own,
+    settle,
     tuning_figure,
-    tuning_notes,
-    wishes,
 )
-from gammabeta.studies._verdict import Outcome, Verdict, controlled, lies_above, planned_n
+from gammabeta.studies._verdict import Outcome, Verdict, controlled, lies_above
 from gammabeta.studies._weight_decay.runs import RUNS, Watched, run
 
 CLAIMS = ("wd-efflr",)
@@ -120,45 +123,30 @@ PLANS = {
 def cells(budget: str, data: str, seeds: int | None, rows: list[Row]) -> list[Cell]:
     """Tuning until the grid is settled; then the main runs; pilot; more seeds; what is shown."""
     plan = PLANS[budget]
-    rows = [r for r in rows if (r["budget"], r["data"]) == (budget, data)]
-    tunings = search(_tried(rows), GROUPS, plan.rates, grow=plan.decides)
-    best = chosen(tunings)
-    wanted = wishes(
-        GROUPS,
-        tunings,
-        _main(best) if best else None,
-        least=plan.seeds,
-        seeds=seeds,
-        pilot=plan.decides,
-        planned=_planned(rows, best),
-    )
-    found = [_cell(plan, *wish) for wish in wanted]
-    return found + (_shown(plan, best, seeds) if best else [])
+    tuned = _settled(own(rows, budget, data), plan)
+    found = [
+        _cell(plan, *wish)
+        for wish in needed(tuned, plan.seeds, seeds, [_planned(tuned.rows, tuned.best)])
+    ]
+    return found + (_shown(plan, tuned.best, seeds) if tuned.best else [])
 
 
 def expected(budget: str, data: str, seeds: int | None) -> list[Cell]:
     """About what a whole run asks for: one value more of the grid, the least seeds."""
     plan = PLANS[budget]
-    guess = {"bn": {"bn": plan.rates[0]}}
-    wanted = wishes(
-        GROUPS,
-        search({}, GROUPS, (*plan.rates, 3.0) if plan.decides else plan.rates, grow=False),
-        _main(guess),
-        least=plan.seeds,
-        seeds=seeds,
-        pilot=plan.decides,
-        planned=plan.seeds,
-    )
-    return [_cell(plan, *wish) for wish in wanted] + _shown(plan, guess, seeds)
+    tuned = guess(GROUPS, plan, (3.0,))
+    wanted = [_cell(plan, *wish) for wish in needed(tuned, plan.seeds, seeds, [plan.seeds])]
+    return wanted + _shown(plan, tuned.best, seeds)
 
 
-def _main(best: Best) -> list[Trained]:
-    return [Trained("bn", "bn", best["bn"]["bn"])]
+def _settled(rows: Sequence[Row], plan: Plan) -> Tuned:
+    tried = collect([r for r in rows if r.get("part") == "tuning"], KEYS)
+    return settle(rows, GROUPS, plan, runs=tried)
 
 
 def _shown(plan: Plan, best: Best, seeds: int | None) -> list[Cell]:
     count = plan.shown if seeds is None else min(seeds, plan.shown)
-    (what,) = _main(best)
+    (what,) = every(GROUPS, best)
     return [_cell(plan, 2, seed, "shown", what) for seed in range(count)]
 
 
@@ -169,10 +157,6 @@ def _cell(plan: Plan, wave: int, seed: int, part: str, what: Trained) -> Cell:
     count = 1 if part == "tuning" else len(RUNS)
     cost = count * (plan.steps * 1.3e-3 + 1.5e-5 * min(plan.images, 10000))
     return Cell("weight-decay", arm, seed, round(cost, 3), wave)
-
-
-def _tried(rows: Sequence[Row]) -> Runs:
-    return collect([r for r in rows if r.get("part") == "tuning"], KEYS)
 
 
 def contrasts(
@@ -218,7 +202,7 @@ def _planned(rows: Sequence[Row], best: Best) -> int | None:
     if not best or not complete(pilot):
         return None
     delta = claims()["wd-efflr"].thresholds["delta"]
-    return max(planned_n(v.values(), delta, EQUIVALENCE_SEEDS, MOST_SEEDS) for v in pilot.values())
+    return asked_for(pilot, dict.fromkeys(pilot, delta), EQUIVALENCE_SEEDS, MOST_SEEDS)
 
 
 # -- one cell -----------------------------------------------------------------------------------
@@ -265,10 +249,8 @@ def judge(rows: list[Row]) -> list[Verdict]:
     """One claim, fair; what is missing makes it inconclusive."""
     if not rows:
         return []
-    budget, data = str(rows[0]["budget"]), str(rows[0]["data"])
-    plan, limits = PLANS[budget], claims()["wd-efflr"].thresholds
-    tunings = search(_tried(rows), GROUPS, plan.rates, grow=plan.decides)
-    best = chosen(tunings)
+    tuned = _settled(rows, PLANS[str(rows[0]["budget"])])
+    best, limits = tuned.best, claims()["wd-efflr"].thresholds
     outcome = joint(
         {
             level: Part(list(v.values()), "equivalence", limits["delta"], level=level)
@@ -277,7 +259,7 @@ def judge(rows: list[Row]) -> list[Verdict]:
         EQUIVALENCE_SEEDS,
     )
     norms, angles = (ends(rows, "fair", best, column) for column in ("norm", "angle"))
-    notes = tuning_notes(tunings, budget, decides=plan.decides)
+    notes = tuned.notes()
     for key, level in LEVELS.items():
         control = lies_above(
             log_ratio(norms, "free", f"{key} decay").values(), limits["control"], EQUIVALENCE_SEEDS
@@ -301,14 +283,10 @@ def judge(rows: list[Row]) -> list[Verdict]:
     return [
         answered(
             "wd-efflr",
-            Setting(
+            tuned.setting(
                 "weight-decay",
-                budget,
-                data,
                 "MLP 100-100",
                 f"decay {DECAY:g} against no decay and the same norms of hidden units",
-                "points of accuracy",
-                plan.decides,
             ),
             Words(
                 "weight decay does what the norms of the hidden units do: {weakest}",
@@ -350,11 +328,10 @@ def figures(rows: list[Row]) -> list[dict[str, Any]]:
     """Norms and angles of all runs over training; the tuning."""
     if not rows:
         return []
-    plan = PLANS[str(rows[0]["budget"])]
-    best = chosen(search(_tried(rows), GROUPS, plan.rates, grow=plan.decides))
-    of = best.get("bn", {}).get("bn")
+    tuned = _settled(rows, PLANS[str(rows[0]["budget"])])
+    of = tuned.best.get("bn", {}).get("bn")
     drawn = [r for r in rows if (r.get("part"), r.get("rate")) == ("fair", of)]
     return [
         *drawings("weight-decay", _FIGURES, drawn),
-        *tuning_figure("weight-decay", "tuning", rows, _tried(rows), GROUPS, "without decay"),
+        *tuning_figure("weight-decay", tuned, "without decay"),
     ]

@@ -2,9 +2,9 @@
 
 from gammabeta.studies._claims import claims
 from gammabeta.studies._depth.nets import Network
-from gammabeta.studies._pairs import NORMS, Runs
-from gammabeta.studies._tuned import LEAST_SEEDS, MOST_SEEDS, Best, Trained, complete, minus
-from gammabeta.studies._verdict import planned_n
+from gammabeta.studies._outcomes import asked_for
+from gammabeta.studies._pairs import NORMS, gains
+from gammabeta.studies._tuned import LEAST_SEEDS, MOST_SEEDS, Tuned, complete
 
 NETWORKS = {
     "2 layers": Network(2),
@@ -42,34 +42,23 @@ DECIDING = ("60 layers", "10 layers")
 MORE = "gain at 20 − gain at 2 layers"
 
 
-def differences(claim: str, runs: Runs, part: str, best: Best) -> dict[str, dict[int, float]]:
+def differences(claim: str, tuned: Tuned, part: str) -> dict[str, dict[int, float]]:
     """A claim's contrasts in test accuracy by seed; empty where a network is missing."""
-    if not set(USES[claim]) <= best.keys():
-        names = CONTRASTS.get(claim, {MORE: ()})
-        return {name: {} for name in names}
-
-    def less(first: tuple[str, str], second: tuple[str, str]) -> dict[int, float]:
-        arms = (Trained(group, arm, best[group][arm]) for group, arm in (first, second))
-        return minus(runs, part, *arms)
-
+    if not set(USES[claim]) <= tuned.best.keys():
+        return {name: {} for name in CONTRASTS.get(claim, {MORE: ()})}
     if claim == "input-norm-shallow-only":
-        deep, shallow = (less((g, "bn"), (g, "none")) for g in ("20 layers", "2 layers"))
+        deep, shallow = (tuned.minus(part, g, *NORMS) for g in ("20 layers", "2 layers"))
         return {MORE: {s: deep[s] - shallow[s] for s in sorted(deep.keys() & shallow.keys())}}
-    return {name: less(*pair) for name, pair in CONTRASTS[claim].items()}
+    return {
+        name: gains(tuned.ended(part, *first), tuned.ended(part, *second))
+        for name, (first, second) in CONTRASTS[claim].items()
+    }
 
 
-def gain(group: str, runs: Runs, best: Best) -> dict[int, float]:
-    """BN - none of a network of ReLUs, by seed."""
-    if group not in best:
-        return {}
-    arms = (Trained(group, norm, best[group][norm]) for norm in NORMS)
-    return minus(runs, "fair", *arms)
-
-
-def planned(claim: str, runs: Runs, best: Best) -> int | None:
+def planned(claim: str, tuned: Tuned) -> int | None:
     """Seeds that the pilot asks for, None before it is complete."""
-    pilot = differences(claim, runs, "pilot", best)
+    pilot = differences(claim, tuned, "pilot")
     if not complete(pilot):
         return None
-    delta = claims()[claim].thresholds["delta"]
-    return max(planned_n(v.values(), delta, LEAST_SEEDS, MOST_SEEDS) for v in pilot.values())
+    deltas = dict.fromkeys(pilot, claims()[claim].thresholds["delta"])
+    return asked_for(pilot, deltas, LEAST_SEEDS, MOST_SEEDS)

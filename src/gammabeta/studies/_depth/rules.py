@@ -2,26 +2,17 @@
 
 import dataclasses
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
-from gammabeta._runs import Row
-from gammabeta.studies._answer import Setting, Words, answer
+from gammabeta.studies._answer import Words, answer
 from gammabeta.studies._claims import claims
-from gammabeta.studies._depth.contrasts import MORE, USES, differences, gain, planned
+from gammabeta.studies._depth.contrasts import MORE, USES, differences, planned
 from gammabeta.studies._draws import values
 from gammabeta.studies._joint import Part, joint, outcome
-from gammabeta.studies._pairs import LABELS, NORMS, Runs, Tuning
-from gammabeta.studies._tuned import (
-    LEAST_SEEDS,
-    Best,
-    Trained,
-    diverged_note,
-    fair_verdict,
-    minus,
-    shown,
-    tuning_notes,
-)
+from gammabeta.studies._outcomes import beside, by_weakest
+from gammabeta.studies._pairs import LABELS, NORMS
+from gammabeta.studies._tuned import LEAST_SEEDS, Tuned, fair_verdict, shown
 from gammabeta.studies._verdict import Outcome, Verdict, controlled
 
 _SLOPE, _SCALE = "slope without BN, decades in ten layers", "variance of SELU"
@@ -30,11 +21,7 @@ _SLOPE, _SCALE = "slope without BN, decades in ten layers", "variance of SELU"
 class Seen(NamedTuple):
     """What the judges of the claims read."""
 
-    rows: Sequence[Row]
-    runs: Runs
-    tunings: Mapping[str, Tuning]
-    best: Best
-    setting: Setting
+    tuned: Tuned
     limits: Sequence[float]  # learning rates of mf-depth-limit
     limit_steps: int
 
@@ -44,7 +31,7 @@ def deep_hard(seen: Seen) -> Verdict:
     delta = claims()[claim].thresholds["delta"]
     parts = {
         name: Part(list(v.values()), "superiority", delta, level=name)
-        for name, v in differences(claim, seen.runs, "fair", seen.best).items()
+        for name, v in differences(claim, seen.tuned, "fair").items()
     }
     words = Words(
         "a network of 20 layers without batch normalization stays behind one of two, least with "
@@ -54,15 +41,15 @@ def deep_hard(seen: Seen) -> Verdict:
         "20 layers stay {delta} points behind two, but not with every initialization; not with "
         "{refuted}",
     )
-    found = _weakest(joint(parts, LEAST_SEEDS))
+    found = by_weakest(joint(parts, LEAST_SEEDS))
     return _verdict(seen, claim, "MLPs of 2 and 20 layers without BN", words, found)
 
 
 def inputs(seen: Seen) -> Verdict:
     claim = "input-norm-shallow-only"
     limits = claims()[claim].thresholds
-    (gaps,) = differences(claim, seen.runs, "fair", seen.best).values()
-    slopes = values([row for row in seen.rows if row.get("part") == "noise"])
+    (gaps,) = differences(claim, seen.tuned, "fair").values()
+    slopes = values([row for row in seen.tuned.rows if row.get("part") == "noise"])
     parts = {
         MORE: Part(list(gaps.values()), "superiority", limits["delta"], level="accuracy"),
         _SLOPE: Part(
@@ -73,14 +60,16 @@ def inputs(seen: Seen) -> Verdict:
         ),
     }
     found = joint(parts, LEAST_SEEDS)
-    deep = list(gain("20 layers", seen.runs, seen.best).values())
+    deep = list(seen.tuned.minus("fair", "20 layers", *NORMS).values())
     control = outcome(Part(deep, "superiority", limits["delta"]), LEAST_SEEDS)
     notes = []
     if found.cells[MORE].status == "supported" and control.status != "supported":
         found = controlled(found, control)
         notes.append("With 20 layers BN − none is not supported: the inputs may be enough there.")
     more = shown("BN − none, 20 layers", deep)
-    more += shown("BN − none, 2 layers", list(gain("2 layers", seen.runs, seen.best).values()))
+    more += shown(
+        "BN − none, 2 layers", list(seen.tuned.minus("fair", "2 layers", *NORMS).values())
+    )
     for name, each in slopes.items():
         more += shown(f"slope, {name}", [10 * slope for slope in each], "before training")
     words = Words(
@@ -98,8 +87,8 @@ def inputs(seen: Seen) -> Verdict:
 def selu(seen: Seen) -> Verdict:
     claim = "selu"
     limits = claims()[claim].thresholds
-    (accuracies,) = differences(claim, seen.runs, "fair", seen.best).values()
-    draws = values([row for row in seen.rows if row.get("part") == "moments"])
+    (accuracies,) = differences(claim, seen.tuned, "fair").values()
+    draws = values([row for row in seen.tuned.rows if row.get("part") == "moments"])
     low, high = limits["low"], limits["high"]
     parts = {
         _SCALE: Part(
@@ -113,16 +102,15 @@ def selu(seen: Seen) -> Verdict:
             list(accuracies.values()), "above", -limits["delta"], level="training"
         ),
     }
-    gains = list(gain("8 layers", seen.runs, seen.best).values())
+    gains = list(seen.tuned.minus("fair", "8 layers", *NORMS).values())
     control = outcome(Part(gains, "superiority", limits["gain"]), LEAST_SEEDS)
     found = controlled(joint(parts, LEAST_SEEDS), control)
     notes = []
     if control.status != "supported" and control.interval:
         notes.append("The positive control, BN − none with 8 layers of ReLU, is not supported.")
     more = shown("BN − none with ReLU", gains)
-    if "8 layers" in seen.best:
-        pair = (Trained("8 layers", a, seen.best["8 layers"][a]) for a in ("selu", "none"))
-        more += shown("SELU − ReLU without", list(minus(seen.runs, "fair", *pair).values()))
+    plain = seen.tuned.minus("fair", "8 layers", "selu", "none")
+    more += shown("SELU − ReLU without", list(plain.values()))
     for name, each in draws.items():
         more += shown(name, each, "before training")
     words = Words(
@@ -134,14 +122,16 @@ def selu(seen: Seen) -> Verdict:
         "only one of two holds, that SELU keeps the variance of its activations and that it trains "
         "no worse than batch normalization; not {refuted}",
     )
-    seen = seen._replace(setting=seen.setting._replace(unit="variance, or points of accuracy"))
-    return _verdict(seen, claim, "MLPs of 8 and 32 layers", words, found, more, notes)
+    return _verdict(
+        *(seen, claim, "MLPs of 8 and 32 layers", words, found, more, notes),
+        unit="variance, or points of accuracy",
+    )
 
 
 def sigmoid(seen: Seen) -> Verdict:
     claim = "sigmoid-deep"
     bound = claims()[claim].thresholds["delta"]
-    found = differences(claim, seen.runs, "fair", seen.best)
+    found = differences(claim, seen.tuned, "fair")
     parts = {name: Part(list(v.values()), "above", bound) for name, v in found.items()}
     words = Words(
         "eight sigmoid layers train with batch normalization only: {weakest}",
@@ -150,12 +140,9 @@ def sigmoid(seen: Seen) -> Verdict:
     )
     network = "MLP of 8 sigmoid layers"
     verdict = _verdict(seen, claim, network, words, joint(parts, LEAST_SEEDS))
-    if "8 sigmoid layers" not in seen.best:
-        return verdict
     ends = []
     for arm in NORMS:
-        what = Trained("8 sigmoid layers", arm, seen.best["8 sigmoid layers"][arm])
-        finals = [run.final for run in seen.runs.get(("fair", *what), {}).values()]
+        finals = [run.final for run in seen.tuned.ended("fair", "8 sigmoid layers", arm).values()]
         if finals:
             ends.append(f"{math.fsum(finals) / len(finals):.1f} % {LABELS[arm]}")
     note = [f"Test accuracy: {', '.join(ends)}; chance is about 11 %."] if ends else []
@@ -167,7 +154,7 @@ def limit(seen: Seen) -> Verdict:
     limits = claims()[claim].thresholds
 
     def failed(group: str, rate: float) -> list[float]:
-        runs = seen.runs.get(("limit", group, "bn", rate), {})
+        runs = seen.tuned.runs.get(("limit", group, "bn", rate), {})
         return [float(run.final_batch < limits["fails"]) for run in runs.values()]
 
     def all_rates(group: str, sign: int) -> Outcome:
@@ -179,14 +166,14 @@ def limit(seen: Seen) -> Verdict:
         }
         return joint(parts, LEAST_SEEDS)
 
-    found, control = _weakest(all_rates("60 layers", 1)), all_rates("10 layers", -1)
+    found, control = by_weakest(all_rates("60 layers", 1)), all_rates("10 layers", -1)
     notes, more = [], []
     if found.status == "supported" and control.status != "supported":
         found = controlled(found, control)
         notes.append("Networks of 10 layers do not train at each of these rates either.")
     for group in ("10 layers", "20 layers", "40 layers", "60 layers"):
         for rate in seen.limits:
-            runs = seen.runs.get(("limit", group, "bn", rate), {}).values()
+            runs = seen.tuned.runs.get(("limit", group, "bn", rate), {}).values()
             if not runs:
                 continue
             by = [math.fsum(v) / len(runs) for v in ([r.final_batch for r in runs],
@@ -204,10 +191,11 @@ def limit(seen: Seen) -> Verdict:
     )
     verdict = answer(
         claim,
-        seen.setting._replace(
-            network="MLP of 60 layers with BN",
-            condition=f"three learning rates, {seen.limit_steps} steps",
-            unit="share of runs that fail",
+        seen.tuned.setting(
+            "depth",
+            "MLP of 60 layers with BN",
+            f"three learning rates, {seen.limit_steps} steps",
+            "share of runs that fail",
         ),
         words,
         found,
@@ -217,16 +205,7 @@ def limit(seen: Seen) -> Verdict:
         planned=None,
         notes=notes,
     )
-    return _with(dataclasses.replace(verdict, published_status=None), more)
-
-
-def _weakest(found: Outcome) -> Outcome:
-    """The effect of a claim about several networks is the smallest one."""
-    means = {name: c.interval.mean for name, c in found.cells.items() if c.interval}
-    if not means:
-        return found
-    name = min(means, key=lambda name: means[name])
-    return dataclasses.replace(found, weakest=name, interval=found.cells[name].interval)
+    return beside(dataclasses.replace(verdict, published_status=None), more)
 
 
 def _verdict(
@@ -237,26 +216,16 @@ def _verdict(
     found: Outcome,
     more: Sequence[dict[str, Any]] = (),
     notes: Sequence[str] = (),
+    unit: str = "points of accuracy",
 ) -> Verdict:
-    groups = USES[claim]
-    own = tuning_notes({g: seen.tunings[g] for g in groups}, seen.setting.budget,
-                       decides=seen.setting.decides)  # fmt: skip
-    own += diverged_note({key: runs for key, runs in seen.runs.items() if key[1] in groups})
-    pilot = differences(claim, seen.runs, "pilot", seen.best)
+    pilot = differences(claim, seen.tuned, "pilot")
     verdict = fair_verdict(
         claim,
-        seen.setting._replace(network=network),
+        seen.tuned.setting("depth", network, unit=unit),
         words,
         found,
-        pilot={name: list(pilot.get(name, {}).values()) for name in found.cells},
-        planned=planned(claim, seen.runs, seen.best),
-        notes=[*own, *notes],
+        pilot={name: pilot.get(name, {}) for name in found.cells},
+        planned=planned(claim, seen.tuned),
+        notes=[*seen.tuned.notes(*USES[claim]), *notes],
     )
-    return _with(verdict, more)
-
-
-def _with(verdict: Verdict, more: Sequence[dict[str, Any]]) -> Verdict:
-    """Cells that decide nothing beside those that do."""
-    if verdict.status == "demo":
-        more = [{**cell, "status": "demo", "reason": ""} for cell in more]
-    return dataclasses.replace(verdict, cells=[*verdict.cells, *more])
+    return beside(verdict, more)
