@@ -9,6 +9,8 @@ import torch
 from scipy.stats import wasserstein_distance
 from torch.nn import functional as F
 
+from gammabeta import _runs
+from gammabeta.report._stepped import stepped
 from gammabeta.studies import _data, layer_inputs
 from gammabeta.studies._claims import claims
 from gammabeta.studies._layer_inputs import drift, features
@@ -107,6 +109,86 @@ def test_a_cell_of_drift_is_its_protocol_step_by_step(norm):
         ]
         assert value == pytest.approx(np.mean(wanted), rel=1e-3)
     assert rows[-1]["accuracy"] == pytest.approx(share, abs=0.0021)
+
+
+def test_the_density_of_sigmoid_inputs_is_a_histogram_of_all_units_by_their_own_statistics():
+    def received(net):
+        x = pixels(drift.binary(fair_split(DIGITS, 1, "test")[2], 16), 1)
+        for layer in net.layers[:-2]:
+            if isinstance(layer, torch.nn.BatchNorm1d):
+                x = F.batch_norm(x, None, None, layer.weight, layer.bias, True)
+            else:
+                x = layer(x)
+        return x.detach().numpy().ravel()
+
+    x, y, *_ = fair_split(DIGITS, 1, "test")
+    x = drift.binary(x, 16)
+    for norm, panel in (("bn", "with batch normalization"), ("none", "without")):
+        net = drift.m3(64, norm == "bn", stream(1, "weights"))
+        seen = {0: received(net)}
+        update = torch.optim.SGD(net.parameters(), lr=1.0)
+        for index in itertools.islice(batches(1000, 60, stream(1, "order")), 20):
+            update.zero_grad()
+            F.cross_entropy(net(pixels(x[index], 1)), y[index]).backward()
+            update.step()
+        seen[20] = received(net)
+        rows = measured(layer_inputs, [arm("ics-def", norm=norm)], DIGITS, [1])
+        drawn = [row for row in rows if row.get("series") == "density"]
+        assert {row["panel"] for row in drawn} == {panel}
+        assert {row["at"] for row in drawn} == set(range(0, 21, 2))
+        for step, z in seen.items():
+            found = [row["y"] for row in drawn if row["at"] == step]
+            counts, edges = np.histogram(z, bins=96, range=(-12, 12))
+            assert found == pytest.approx(counts / len(z) / 0.25, abs=1e-3)
+            middles = (edges[:-1] + edges[1:]) / 2
+            assert [row["x"] for row in drawn if row["at"] == step] == pytest.approx(middles)
+
+
+def test_looking_at_the_density_leaves_the_run_as_it_is():
+    for norm in ("bn", "none"):
+        seen = measured(layer_inputs, [arm("ics-def", norm=norm)], DIGITS, [0])
+        not_seen = measured(layer_inputs, [arm("ics-def", norm=norm, part="pilot")], DIGITS, [0])
+        assert {row["kind"] for row in not_seen} == {"run"}
+        runs = [{**row, "part": ""} for row in seen if row["kind"] == "run"]
+        assert runs == [{**row, "part": ""} for row in not_seen]
+        (drawn,) = {row["series"] for row in seen if row["kind"] == "curve" and row["at"] is None}
+        assert drawn == "sigmoid"
+    assert all(
+        row["kind"] == "run" for row in measured(layer_inputs, [arm("ics-def")], DIGITS, [3])
+    )
+
+
+def test_a_diverged_network_has_a_density_of_nothing():
+    net = drift.m3(64, False, stream(0, "weights"))
+    with torch.no_grad():
+        net.layers[0].weight.fill_(math.nan)
+    rows = list(drift.density(net, torch.ones(3, 64), False, 5))
+    assert [row["y"] for row in rows] == [0.0] * 96
+
+
+def test_the_densities_become_one_figure_beside_each_other(tmp_path):
+    for norm in ("bn", "none"):
+        for seed in (0, 1):
+            cell = arm("ics-def", norm=norm)
+            spec = {"schema": _runs.SCHEMA, "experiment": "layer-inputs", "arm": cell,
+                    "seed": seed, "budget": "tiny", "code": "0" * 16, "versions": {},
+                    "data": {"name": "digits", "digest": "0" * 16}}  # fmt: skip
+            rows = layer_inputs.measure(cell, seed, "tiny", DIGITS)
+            _runs.write_cell(tmp_path, spec, rows, "")
+    (figure,) = stepped(_runs.read_cells([tmp_path]))
+    assert (figure["slider"], figure["steps"]) == ("step", list(range(0, 21, 2)))
+    assert [panel["title"] for panel in figure["panels"]] == ["with batch normalization", "without"]
+    for panel in figure["panels"]:
+        sigmoid, density, before = panel["series"]
+        assert sigmoid["y"][0] == pytest.approx(
+            [1 / (1 + math.exp(-x)) for x in sigmoid["x"]], abs=1e-5
+        )
+        assert density["n"] == before["n"] == 2
+        assert before["y"] == [density["y"][0]]
+        assert before["name"] == "density before training"
+    assert (
+        "With batch normalization: mean ± standard deviation 0 ± 1 before training" in figure["alt"]
+    )
 
 
 # -- features ---------------------------------------------------------------------------------

@@ -6,6 +6,8 @@ import pytest
 import torch
 from scipy.stats import spearmanr
 
+from gammabeta import _runs
+from gammabeta.report._stepped import stepped
 from gammabeta.studies import _data, _judge, small_fits
 from gammabeta.studies._claims import claims
 from gammabeta.studies._draws import measured
@@ -231,7 +233,8 @@ def test_tuning_then_the_pilot_then_the_draws_that_it_asks_for():
     first = small_fits.cells("small", "mnist", None, [])
     assert {c.arm["claim"] for c in first if c.arm["part"] == "tuning"} == set(small_fits.KINDS)
     assert {c.arm["claim"] for c in first if c.arm["part"] == "pilot"} == set(PLAIN)
-    assert not [c for c in first if c.arm["part"] in ("fair", "shown")]
+    assert not [c for c in first if c.arm["part"] == "fair"]
+    assert {c.arm["claim"] for c in first if c.arm["part"] == "shown"} == {"dense-region"}
     rows = [row for claim in small_fits.KINDS for row in tuning(claim)]
     for claim in small_fits.CLAIMS:
         made = [r for r in made_up(claim, holding(claim), draws=4) if r.get("kind") == "value"]
@@ -241,7 +244,7 @@ def test_tuning_then_the_pilot_then_the_draws_that_it_asks_for():
           for c in small_fits.CLAIMS}  # fmt: skip
     assert by == {claim: [0, 1, 2, 3, 4] for claim in small_fits.CLAIMS}
     assert len(small_fits.expected("small", "mnist", None)) == len(third)
-    shown = [c for c in third if c.arm["part"] == "shown"]
+    shown = [c for c in third if c.arm["part"] == "shown" and c.arm["claim"] != "dense-region"]
     assert len(shown) == 3 * small_fits.SHOWN_SEEDS
     towers = [c for c in third if c.arm["part"] == "tuning" and c.arm["kind"] == "skipinit"]
     assert {c.arm["rates"] for c in towers} == {" ".join(f"{r:g}" for r in LADDER if r <= 3)}
@@ -272,3 +275,85 @@ def test_the_registry_agrees_and_what_it_derives_can_be_stored(tmp_path):
     assert {f["id"].removeprefix("small-fits-") for f in drawn} == set(small_fits._FIGURES)
     _judge.write_derived(run, Judged(verdicts, drawn, [], None, {"small-fits": "text"}))
     assert small_fits.judge([]) == small_fits.figures([]) == []
+
+
+# -- the figure in which the density moves --------------------------------------------------------
+
+
+def shown_rows(seed):
+    arm = {"claim": "dense-region", "part": "shown"}
+    head = {**arm, "seed": seed, "budget": "tiny", "data": "digits"}
+    return [{**row, **head} for row in small_fits.measure(arm, seed, "tiny", DIGITS)]
+
+
+def line(rows, panel, series, at):
+    """x and y of one series at one place of the slider."""
+    return {r["x"]: r["y"] for r in rows
+            if (r["panel"], r["series"], r["at"]) == (panel, series, at)}  # fmt: skip
+
+
+@pytest.mark.parametrize("center", [-1.0, 0.5, 2.0])
+def test_a_moved_fit_is_the_network_trained_around_that_center_alone(center):
+    g = stream(2, "dense-region moved")
+    nets = curves.network(g, 1)
+
+    def around():
+        return (center + 0.3 * torch.randn(1, 64, generator=g, dtype=torch.float64)).float()
+
+    curves.fit(nets, around, curves.sine, 50)
+    found = line(shown_rows(2), curves._NETWORK, "fit", center)
+    wanted = curves.output(nets, torch.tensor(list(found))).detach()[0]
+    assert list(found.values()) == pytest.approx(wanted.tolist(), abs=1e-3)
+    assert (min(found), max(found)) == (-2, 3)
+
+
+def test_the_formulas_beside_the_moved_fits_come_once():
+    rows = shown_rows(0)
+    for panel, target in (
+        (curves._NETWORK, lambda x: math.sin(3 * x)),
+        (curves._LINEAR, lambda x: 2 * x),
+    ):
+        drawn = line(rows, panel, "target", None)
+        assert drawn == {x: pytest.approx(target(x), abs=1e-4) for x in curves.GRID}
+        for center in (-1.0, 1.0):
+            density = line(rows, panel, "density of the inputs", center)
+            assert max(density, key=density.get) == center
+            assert 0.125 * sum(density.values()) == pytest.approx(1, abs=2e-3)
+            inside = sum(y for x, y in density.items() if abs(x - center) < 0.3)
+            assert 0.125 * inside == pytest.approx(0.683, abs=0.07)
+    assert {row["series"] for row in shown_rows(1)} == {"fit"}
+
+
+def test_the_moved_fits_are_asked_for_and_change_no_verdict():
+    wanted = small_fits.cells("small", "mnist", None, [])
+    asked = [c for c in wanted if c.arm == {"claim": "dense-region", "part": "shown"}]
+    assert [c.seed for c in asked] == list(range(small_fits.MOVED_SEEDS))
+    few = small_fits.cells("small", "mnist", 2, [])
+    assert sum(c.arm == {"claim": "dense-region", "part": "shown"} for c in few) == 2
+    rows = made_up("dense-region", holding("dense-region"))
+    more = [{**row, "budget": "small"} for row in shown_rows(0)]
+    assert verdict_of([*rows, *more]) == verdict_of(rows)
+    assert small_fits.figures([*rows, *more]) == small_fits.figures(rows)
+
+
+def test_the_moved_fits_become_one_figure_with_a_slider(tmp_path):
+    for seed in (0, 1):
+        arm = {"claim": "dense-region", "part": "shown"}
+        spec = {"schema": _runs.SCHEMA, "experiment": "small-fits", "arm": arm, "seed": seed,
+                "budget": "tiny", "data": {"name": "digits", "digest": "0" * 16},
+                "code": "0" * 16, "versions": {}}  # fmt: skip
+        rows = small_fits.measure(arm, seed, "tiny", DIGITS)
+        _runs.write_cell(tmp_path, spec, rows, "")
+    (figure,) = stepped(_runs.read_cells([tmp_path]))
+    assert figure["id"] == "small-fits-moved"
+    assert figure["slider"] == "center m of the density"
+    assert figure["steps"] == list(curves.CENTERS)
+    assert [panel["title"] for panel in figure["panels"]] == [curves._NETWORK, curves._LINEAR]
+    fit, target, density = figure["panels"][0]["series"]
+    assert (fit["n"], target["n"], density["n"]) == (2, None, None)
+    both = [line(shown_rows(seed), curves._NETWORK, "fit", 0.5) for seed in (0, 1)]
+    place = figure["steps"].index(0.5)
+    for key, fold in (("lo", min), ("hi", max)):
+        assert fit[key][place] == [fold(ys) for ys in zip(*(b.values() for b in both), strict=True)]
+    assert len(target["y"]) == 1
+    assert [max(y) for y in density["y"]] == [pytest.approx(1.3298, abs=1e-4)] * 13

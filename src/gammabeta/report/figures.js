@@ -1,4 +1,4 @@
-// Figures of experiments: curves with bands, curves with a slider over steps, heat maps.
+// Figures of experiments: curves with bands, curves with a slider, heat maps.
 const figuresOf = (tools) => {
   "use strict";
   const { root, make, view, shown, stepper } = tools;
@@ -8,6 +8,11 @@ const figuresOf = (tools) => {
     bn: { color: "--curve-bn", dash: "solid", symbol: "circle" },
     none: { color: "--curve-none", dash: "7px,4px", symbol: "circle-open" },
     brn: { color: "--curve-2", dash: "2px,3px", symbol: "square-open" },
+    // a fit beside its target; a density, and what it was before
+    fit: { color: "--curve-3", dash: "solid", symbol: "circle" },
+    target: { color: "--curve-5", dash: "7px,4px", symbol: "circle", bare: true },
+    density: { color: "--curve-2", dash: "solid", symbol: "circle", area: true },
+    before: { color: "--curve-5", dash: "2px,3px", symbol: "circle", bare: true },
     // numbers of others beside our curves: marks without a line
     "bn-points": { color: "--curve-bn", points: true, symbol: "diamond" },
     "none-points": { color: "--curve-none", points: true, symbol: "diamond-open" },
@@ -54,6 +59,7 @@ const figuresOf = (tools) => {
     for (const look of looks.values()) {
       const dash = (look.dash ?? "solid") === "solid" ? "" : look.dash.replaceAll("px", "");
       const parts = [];
+      if (look.area) parts.push({ d: "M0 6h36v6h-36z", stroke: "none", fill: faint(css(look.color)) });
       if (!look.points) parts.push({ d: "M0 6h36", "stroke-width": 2.5, "stroke-dasharray": dash });
       const open = look.symbol.endsWith("-open");
       const marked = look.points || look.marked || open;
@@ -151,7 +157,7 @@ const figuresOf = (tools) => {
     for (const s of series) {
       const look = looks.get(s.style + "\n" + s.name);
       const color = css(look.color);
-      const base = { x: s.x, type: "scatter", mode: "lines", showlegend: false };
+      const base = { x: s.x, type: "scatter", mode: "lines", showlegend: false, ...(s.below ? { yaxis: "y2" } : {}) };
       if (look.points) {
         lines.push(markers(s, look, color, figure));
         continue;
@@ -162,11 +168,14 @@ const figuresOf = (tools) => {
       }
       const spread = s.x.map((_, at) => (s.lo && s.hi ? `<br>spread ${shown(s.lo[at])} to ${shown(s.hi[at])}` : ""));
       lines.push({
-        ...base, y: s.y, customdata: spread, mode: look.dash === "solid" && !look.marked ? "lines" : "lines+markers",
+        ...base, y: s.y, customdata: spread,
+        mode: look.bare || (look.dash === "solid" && !look.marked) ? "lines" : "lines+markers",
+        ...(look.area ? { fill: "tozeroy", fillcolor: faint(color) } : {}),
         line: { color, width: 2, dash: look.dash },
         marker: { color, size: 6, symbol: look.symbol, maxdisplayed: 9, line: { width: 1.6 } },
         hovertemplate: `<b>${plain(s.name)}</b><br>${plain(figure.x.label)} %{x}<br>` +
-          `${plain(figure.y.label)} %{y:.4~g}%{customdata}<br>n = ${shown(s.n)}<extra></extra>`,
+          `${plain(s.below ? figure.strip.label : figure.y.label)} %{y:.4~g}%{customdata}` +
+          `${s.n === null ? "" : `<br>n = ${shown(s.n)}`}<extra></extra>`,
       });
     }
     return [...bands, ...lines];
@@ -194,27 +203,40 @@ const figuresOf = (tools) => {
   }
 
   // --- steps: one slider for all arms and panels ------------------------------------------
+  // All that a series shows at any place, so that its axes stay as they are.
+  const everywhere = (series) => series.flatMap((s) =>
+    [...s.y, ...(s.lo ?? []), ...(s.hi ?? [])].filter(Boolean).flat());
+
   function steps(host, figure) {
     const figureNode = host.closest("[data-figure]");
-    const { at } = stepper(figureNode, figure.steps, () => steps(host, figure));
+    const { at } = stepper(figureNode, figure.steps, () => steps(host, figure),
+      { name: figure.slider, first: figure.opens });
     const looks = stylesOf(figure);
     drawLegend(figureNode.querySelector(".legend"), looks);
     const series = figure.panels.flatMap((panel) => panel.series);
-    const numbers = series.flatMap((s) => [...s.y, ...s.lo, ...s.hi].filter(Boolean).flat());
+    const above = (some) => extent([...everywhere(some.filter((s) => !s.below)), figure.line ?? null], figure.y.log);
     const xs = extent(series.flatMap((s) => s.x), figure.x.log);
-    const ys = extent([...numbers, figure.line ?? null], figure.y.log);
+    const ys = above(series);
+    const strip = figure.strip && extent([0, ...everywhere(series.filter((s) => s.below))], false);
+    host.classList.toggle("tall", Boolean(strip));
     host.classList.toggle("single", figure.panels.length === 1);
     const guide = figure.line === undefined ? [] : [{ type: "line", xref: "paper", x0: 0, x1: 1,
       y0: figure.line, y1: figure.line, line: { color: css("--muted"), width: 1, dash: "dot" } }];
     for (const [place, panel] of figure.panels.entries()) {
-      const now = panel.series.filter((s) => s.y[at])
-        .map((s) => ({ ...s, y: s.y[at], lo: s.lo[at], hi: s.hi[at] }));
-      const start = panel.series.filter((s) => s.y[0]).map((s) => ({
+      const now = panel.series.map((s) => [s, s.fixed ? 0 : at]).filter(([s, place]) => s.y[place])
+        .map(([s, place]) => ({ ...s, y: s.y[place], lo: s.lo?.[place], hi: s.hi?.[place] }));
+      const start = panel.series.filter((s) => figure.start && s.y[0]).map((s) => ({
         x: s.x, y: s.y[0], type: "scatter", mode: "lines", showlegend: false, hoverinfo: "skip",
         opacity: 0.55, line: { color: css(looks.get(s.style + "\n" + s.name).color), width: 1.2, dash: "dot" },
       }));
-      react(plotOf(host, place), [...start, ...traces(now, looks, figure)],
-        { ...layoutOf(axis(xs, figure.x.log, 5), axis(ys, figure.y.log, 5)), shapes: guide });
+      const yaxis = axis(figure.each ? above(panel.series) : ys, figure.y.log, 5);
+      const layout = { ...layoutOf(axis(xs, figure.x.log, 5), yaxis), shapes: guide };
+      if (strip) {
+        yaxis.domain = [figure.strip.share + 0.06, 1];
+        layout.yaxis2 = { ...axis(strip, false, 3), domain: [0, figure.strip.share] };
+        layout.xaxis.anchor = "y2";
+      }
+      react(plotOf(host, place), [...start, ...traces(now, looks, figure)], layout);
     }
   }
 
@@ -298,12 +320,12 @@ const figuresOf = (tools) => {
   function figureData(figure) {
     if (figure.kind === "heat") return matrixData(figure);
     const stepped = figure.kind === "steps";
-    const names = ["panel", "series", "n", ...(stepped ? ["step"] : []), "x", "y", "lo", "hi"];
+    const names = ["panel", "series", "n", ...(stepped ? [figure.slider] : []), "x", "y", "lo", "hi"];
     const values = names.map(() => []);
     for (const panel of figure.panels) {
       for (const s of panel.series) {
-        for (const [index, step] of (stepped ? figure.steps : [null]).entries()) {
-          const [y, lo, hi] = ["y", "lo", "hi"].map((key) => (stepped ? s[key][index] : s[key]));
+        for (const [index, step] of (stepped && !s.fixed ? figure.steps : [null]).entries()) {
+          const [y, lo, hi] = ["y", "lo", "hi"].map((key) => (stepped ? s[key]?.[index] : s[key]));
           if (!y) continue; // not measured at this step
           s.x.forEach((x, at) => {
             const row = [panel.title, s.name, s.n, ...(stepped ? [step] : []), x, y[at], lo?.[at], hi?.[at]];

@@ -1,12 +1,14 @@
-// A slider over steps, with a button that plays them: the browser's own controls, so that the
-// keyboard works as everywhere. One stepper moves all panels and arms of its figure.
+// A slider over steps, or over places of something else, with a button that plays them: the
+// browser's own controls, so that the keyboard works as everywhere. One stepper moves all panels and
+// arms of its figure.
 const stepperOf = (tools) => {
   "use strict";
   const { make, view } = tools;
   const PAUSE = 450; // milliseconds for each step
 
-  // Returns the box of controls, made once for a figure, and the step that it stands at.
-  return (figureNode, steps, changed, first = steps.length - 1) => {
+  // Returns the box of controls, made once for a figure, and the place that it stands at; `name`
+  // is what the slider moves, `first` where it stands when the page opens.
+  return (figureNode, steps, changed, { name = "step", first = steps.length - 1 } = {}) => {
     let box = figureNode.querySelector(".controls");
     if (box) return { box, at: Number(box.querySelector("input").value) };
     const key = "at." + figureNode.id;
@@ -19,7 +21,7 @@ const stepperOf = (tools) => {
     let timer = 0;
     const say = () => {
       said.textContent = String(steps[slider.value]);
-      slider.setAttribute("aria-valuetext", `step ${steps[slider.value]}`);
+      slider.setAttribute("aria-valuetext", `${name} ${steps[slider.value]}`);
     };
     const show = () => { say(); view.set(key, slider.value, first); changed(); };
     const stop = () => {
@@ -44,7 +46,8 @@ const stepperOf = (tools) => {
     say();
     box = make("div", { class: "controls" });
     if (steps.length > 1) box.append(play);
-    box.append(make("label", { class: "step" }, "Step ", slider, said));
+    const label = name.charAt(0).toUpperCase() + name.slice(1);
+    box.append(make("label", { class: "step" }, label + " ", slider, said));
     (figureNode.querySelector(".axis-y") ?? figureNode.querySelector(".panels")).before(box);
     return { box, at: start };
   };

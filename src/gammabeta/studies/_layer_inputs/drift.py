@@ -12,6 +12,8 @@ from gammabeta.studies._nets import MLP
 from gammabeta.studies._train import accuracy, fair_split, log_steps, pixels, stream, train
 
 PROBE = 1000
+DENSITY_SEEDS = 3
+EDGE, BINS = 12.0, 96  # of the density: from -EDGE to EDGE
 SPREAD = 0.1  # standard deviation of the weights
 # Below this a unit is constant, up to rounding: its drift is not divided by nothing.
 _LEAST = 1e-6
@@ -62,6 +64,11 @@ def measure(
         stops={*tenths, *ends},
         batch=60,
     )
+    drawn = part == "fair" and seed < DENSITY_SEEDS
+    if drawn:
+        yield from density(net, probe, norm, 0)
+    if drawn and seed == 0:
+        yield from sigmoid(norm)
     before: tuple[Tensor, Tensor] | None = None
     for step, loss in training:
         row: Row = {"kind": "run", "step": step, "diverged": not math.isfinite(loss)}
@@ -76,6 +83,8 @@ def measure(
                 row["drift_of_correlations"] = turned(before[1], now[1])
             before = now
         yield row
+        if drawn and step in tenths:
+            yield from density(net, probe, norm, step)
 
 
 def last_hidden(net: MLP, x: Tensor) -> tuple[Tensor, Tensor]:
@@ -90,6 +99,45 @@ def last_hidden(net: MLP, x: Tensor) -> tuple[Tensor, Tensor]:
         finally:
             net.train(mode)
     return inputs.double(), x.double()
+
+
+def sigmoid_inputs(net: MLP, x: Tensor) -> Tensor:
+    """Inputs of the last activation, normalized as in training: by the statistics of x itself.
+
+    Running statistics know nothing before the first step.
+    """
+    found: list[Tensor] = []
+    last = net.layers[-2]
+    hook = last.register_forward_pre_hook(lambda _, inputs: found.append(inputs[0]))
+    try:
+        with torch.no_grad():
+            net.with_batch_statistics(x)
+    finally:
+        hook.remove()
+    return found[0]
+
+
+def density(net: MLP, x: Tensor, norm: bool, step: int) -> Iterator[Row]:
+    """Density of the inputs of the last sigmoids, over all units and images, on a fixed grid."""
+    z = sigmoid_inputs(net, x).flatten()
+    counts = torch.histc(z[z.abs() < EDGE], BINS, -EDGE, EDGE)
+    for place, share in zip(_places(), (counts / len(z)).tolist(), strict=True):
+        yield _point(norm, "density", place, share * BINS / (2 * EDGE), step)
+
+
+def sigmoid(norm: bool) -> Iterator[Row]:
+    for x in _places():
+        yield _point(norm, "sigmoid", x, 1 / (1 + math.exp(-x)), None)
+
+
+def _places() -> list[float]:
+    return [-EDGE + 2 * EDGE * (k + 0.5) / BINS for k in range(BINS)]
+
+
+def _point(norm: bool, series: str, x: float, y: float, at: int | None) -> Row:
+    panel = "with batch normalization" if norm else "without"
+    place: Row = {"kind": "curve", "curve": "sigmoid-inputs", "panel": panel, "at": at}
+    return {**place, "series": series, "x": x, "y": round(y, 5)}
 
 
 def drift(before: Tensor, after: Tensor) -> float:

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from gammabeta._runs import Row
+from gammabeta._runs import Row, Scalar
 
 
 def value(cell: str, number: float | Tensor) -> Row:
@@ -13,9 +13,10 @@ def value(cell: str, number: float | Tensor) -> Row:
     return {"kind": "value", "cell": cell, "value": float(number)}
 
 
-def point(curve: str, series: str, x: float, y: float | Tensor) -> Row:
-    """One point of a figure."""
-    return {"kind": "curve", "curve": curve, "series": series, "x": float(x), "y": float(y)}
+def point(curve: str, series: str, x: float, y: float | Tensor, **place: Scalar) -> Row:
+    """One point of a figure; ``place``: its panel, and where the slider stands."""
+    row: Row = {"kind": "curve", "curve": curve, "series": series, "x": float(x), "y": float(y)}
+    return {**row, **place}
 
 
 def normal(g: torch.Generator, *shape: int) -> Tensor:

@@ -17,6 +17,10 @@ CENTER, SPREAD = -1.0, 0.3
 SHIFTS = (-1.0, -0.5, 0.0, 0.5, 1.0, 1.5, 2.0)
 FITS = 5
 BATCH = 64
+# Of the figure in which the density moves; the linear model's fits are straight lines.
+CENTERS = tuple(CENTER + 0.25 * k for k in range(13))
+GRID = tuple(-2 + 0.125 * k for k in range(41))
+_NETWORK, _LINEAR = "a network fits sin(3x)", "control: a linear model fits 2x"
 
 
 def network(g: torch.Generator, count: int, width: int = 32) -> list[Tensor]:
@@ -113,6 +117,49 @@ def dense_region(g: torch.Generator, tiny: bool) -> Iterator[Row]:
         # Against the standard deviation of 2x over the range.
         yield value("control: fits of 2x from two places, rms difference",
                     (found[0] - found[1]).square().mean().sqrt() / (2 * places).std())  # fmt: skip
+
+
+def moved(g: torch.Generator, tiny: bool, formulas: bool) -> Iterator[Row]:
+    """The fits for each center of the density, from one start and the same draws.
+
+    With ``formulas`` also what they are drawn beside: the targets, the densities.
+    """
+    steps, count = 50 if tiny else 2000, len(CENTERS)
+    centers = torch.tensor(CENTERS)[:, None]
+
+    def draw() -> Tensor:
+        return (centers + SPREAD * normal(g, 1, BATCH)).float()
+
+    nets = [p.detach().repeat(count, 1, 1).requires_grad_() for p in network(g, 1)]
+    fit(nets, draw, sine, steps)
+    slope_, bias = (normal(g, 1, 1, 1) * 0.1).float(), torch.zeros(1, 1, 1)
+    models = [p.repeat(count, 1, 1).requires_grad_() for p in (slope_, bias)]
+    fit(models, draw, _double, steps, rate=0.1)
+    for panel, parameters, target, grid in (
+        (_NETWORK, nets, sine, GRID),
+        (_LINEAR, models, _double, GRID[::4]),
+    ):
+        with torch.no_grad():
+            found = output(parameters, torch.tensor(grid))
+        for center, line in zip(CENTERS, found.tolist(), strict=True):
+            for x, y in zip(grid, line, strict=True):
+                yield point("moved", "fit", x, round(y, 4), panel=panel, at=center)
+        if not formulas:
+            continue
+        for x in GRID:
+            y = float(target(torch.tensor(x)))
+            yield point("moved", "target", x, round(y, 4), panel=panel, at=None)
+            for center in CENTERS:
+                y = math.exp(-(((x - center) / SPREAD) ** 2) / 2) / (
+                    SPREAD * math.sqrt(2 * math.pi)
+                )
+                yield point(
+                    "moved", "density of the inputs", x, round(y, 4), panel=panel, at=center
+                )
+
+
+def _double(x: Tensor) -> Tensor:
+    return 2 * x
 
 
 def spearman(x: Tensor, ys: Tensor) -> Tensor:
