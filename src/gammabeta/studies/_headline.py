@@ -11,7 +11,7 @@ width-half, width-double, images-small
 All of them train by the plan of `small` (in brief a few trainings are shorter, `_variations`), only
 the arms that the headline claims need, with the seeds 100, 101, ..., which accepted rows never had.
 Nothing is searched: learning rates, and the dropout that is compared, are those that the accepted
-rows at `small` chose. They stand in `brief.toml`, which this makes from the rows:
+rows chose. They stand in `brief.toml`, which this makes from the rows:
 
     python -m gammabeta.studies._headline results
 
@@ -38,7 +38,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from gammabeta import _runs
 from gammabeta._runs import Row, Scalar
 from gammabeta.studies._claims import claims
-from gammabeta.studies._experiments import AGAIN, BRIEF, Cell, Experiment
+from gammabeta.studies._experiments import AGAIN, BRIEF, BUDGETS, Cell, Experiment
 
 if TYPE_CHECKING:
     from gammabeta.studies._verdict import Verdict
@@ -58,7 +58,7 @@ TITLES = {
     "width-double": "twice the width",
     "images-small": "14 x 14, turned, noisy",
 }
-DECIDES = "The accepted rows at budget small decide: docs/verdicts.md"
+DECIDES = "The accepted rows decide: docs/verdicts.md"
 NOTICE = (
     "A quick look, no accepted verdict: five seeds, shorter training for some claims, learning "
     "rates taken from the accepted rows, no correction for the number of claims. " + DECIDES
@@ -226,7 +226,7 @@ def judge(experiment: Experiment, module: ModuleType, rows: Sequence[Row]) -> "l
     with planned(experiment.id, module, kind), few_seeds(SEEDS if kind == BRIEF else None):
         found = module.judge(all_rows)
     title = TITLES.get(kind)
-    notes = ["Learning rates: not searched, but those of the accepted rows at budget small."]
+    notes = ["Learning rates: not searched, but those of the accepted rows."]
     notes.append(NOTICE if title is None else f"A variation of the accepted runs: {title}.")
     return [
         dataclasses.replace(
@@ -268,7 +268,7 @@ def _as_small(experiment: Experiment, module: ModuleType, rows: Sequence[Row]) -
 
 
 def from_rows(experiment: str, rows: Sequence[Row]) -> Chosen:
-    """What rows at `small` on MNIST chose: of each arm the rate with the highest mean accuracy.
+    """What rows on MNIST chose: of each arm the rate with the highest mean accuracy.
 
     As every search here has it: over both tuning seeds, a rate that diverged only if all did, of
     equals the smallest; of the noise arms the smallest mean of the training loss.
@@ -362,13 +362,15 @@ def _number(value: Scalar) -> float:
 def written(folder: Path) -> str:
     """The text of brief.toml from the kept rows in a folder."""
     lines = [
-        "# Learning rates that the accepted rows at budget small chose, for the headline claims in",
+        "# Learning rates that the accepted rows chose, for the headline claims in",
         "# brief and varied; seeds: how many those rows have. Made by a command, do not edit it:",
         "#     python -m gammabeta.studies._headline results",
     ]
     for name in decided():
         own = [c for c in _runs.read_cells([folder], name) if c.spec["data"]["name"] == "mnist"]
-        rows = [r for c in own if c.spec["budget"] == "small" for r in c.flat()]
+        # The larger budget decides, and has the same search.
+        budget = max((c.spec["budget"] for c in own), key=BUDGETS.index, default="")
+        rows = [r for c in own if c.spec["budget"] == budget for r in c.flat()]
         if rows:
             lines += ["", f"[{name}]", *_table(from_rows(name, rows))]
     return "\n".join(lines) + "\n"
