@@ -10,7 +10,7 @@ from torch.nn import functional as F
 
 from gammabeta.studies import _data, learning_rate
 from gammabeta.studies._claims import claims, overruled
-from gammabeta.studies._learning_rate import ladder, speed
+from gammabeta.studies._learning_rate import ladder, rules, speed
 from gammabeta.studies._nets import MLP
 from gammabeta.studies._train import batches, fair_split, pixels, stream
 from tests.simulated import judged, noise, simulate
@@ -211,7 +211,7 @@ def test_a_gain_at_the_best_rates_alone_is_supported():
 def test_a_gain_at_the_small_rate_refutes():
     found = verdict(0.8, 1.5)
     assert found.status == "refuted"
-    assert learning_rate.SMALL in found.sentence
+    assert rules.SMALL in found.sentence
 
 
 def test_a_loss_at_the_small_rate_refutes_as_well():

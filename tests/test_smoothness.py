@@ -11,6 +11,7 @@ from torch.nn import functional as F
 from gammabeta.studies import _data, smoothness
 from gammabeta.studies._claims import claims, overruled
 from gammabeta.studies._nets import MLP
+from gammabeta.studies._smoothness import rules
 from gammabeta.studies._train import batches, fair_split, pixels, stream
 from tests.simulated import judged, measured, noise, simulate
 
@@ -134,7 +135,7 @@ def ratios(scale_free, raw=1.0, helps=1.0, sd=0.05, own=None, faster=0.0, lp=0.0
                 row["train_loss"] = area + noise(seed, cell["arm"], "area", sd=0.01)
             if cell["part"] != "tuning" and cell["arm"] not in smoothness.LP:
                 row["loss"] = math.exp(-step / 20 - (faster if bn else 0))
-                for name in smoothness.QUANTITIES:
+                for name in rules.QUANTITIES:
                     more = (own or {}).get(name, scale_free)
                     jitter = noise(seed, cell["arm"], name, sd=sd)
                     row[f"raw_{name}"] = math.exp(0 if bn else raw + jitter)
@@ -215,13 +216,13 @@ def test_smaller_ghosts_are_less_smooth_and_better_or_not(beta, accuracy, status
 
 def test_the_exact_permutation_test_is_scipys():
     values = [3.0, 1.0, 2.0, 0.5, 0.7, 0.1]
-    rho, p = smoothness.spearman(values)
+    rho, p = rules.spearman(values)
     wanted = stats.spearmanr(range(6), values)
     assert rho == pytest.approx(wanted.statistic)
     every = [stats.spearmanr(range(6), v).statistic for v in itertools.permutations(values)]
     assert p == pytest.approx(sum(r <= rho + 1e-9 for r in every) / 720)
-    assert smoothness.spearman([1.0] * 6) == (0.0, 1.0)
-    assert smoothness.spearman([1, 2, 3, 4, 5, 6])[1] == 1.0
+    assert rules.spearman([1.0] * 6) == (0.0, 1.0)
+    assert rules.spearman([1, 2, 3, 4, 5, 6])[1] == 1.0
 
 
 def test_where_bn_does_not_help_there_is_nothing_to_explain():
@@ -243,9 +244,7 @@ def test_what_is_owed_to_a_smaller_loss_alone_vanishes_at_equal_loss():
     equal = [c["effect"] for c in found.cells if c["name"].endswith("at equal loss")]
     assert equal == pytest.approx([0.0] * 3, abs=0.1)
     rows, _ = simulate(smoothness, ratios(1.0, faster=9.0))
-    far = smoothness.at_equal_loss(
-        smoothness.looks(rows), "fair", dict.fromkeys(smoothness.NORMS, 0.1)
-    )
+    far = rules.at_equal_loss(rules.looks(rows), "fair", dict.fromkeys(smoothness.NORMS, 0.1))
     assert not any(far.values())  # no loss that both pass through
 
 

@@ -86,7 +86,6 @@ Rows: arm fields part, group, arm, rate, and optionally width (a factor on the h
 three rows `accuracy`; ghost: as dropout.
 """
 
-import dataclasses
 import math
 import statistics
 from collections.abc import Iterator, Mapping, Sequence
@@ -97,44 +96,29 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 from gammabeta._runs import Row, Scalar
-from gammabeta.studies._answer import Words, span
-from gammabeta.studies._claims import claims
 from gammabeta.studies._data import Images
 from gammabeta.studies._experiments import Cell
 from gammabeta.studies._nets import MLP
-from gammabeta.studies._outcomes import alone, asked_for, beside
-from gammabeta.studies._pairs import Run, Runs, collect, curve
-from gammabeta.studies._regularization import ghosts
+from gammabeta.studies._pairs import curve
+from gammabeta.studies._regularization import ghosts, rules
 from gammabeta.studies._train import accuracy, batches, fair_split, log_steps, pixels, stream, train
 from gammabeta.studies._tuned import (
     BAND,
     EQUIVALENCE_SEEDS,
     KEYS,
     LEAST_SEEDS,
-    MOST_SEEDS,
-    TUNING_SEEDS,
     Trained,
     Tuned,
-    complete,
-    fair_verdict,
     figure,
     guess,
     needed_in,
     own,
     place,
     settle,
-    shown,
-    trials,
     tuning_figure,
 )
 from gammabeta.studies._verdict import (
-    Outcome,
     Verdict,
-    controlled,
-    equivalence,
-    interval,
-    lies_above,
-    superiority,
 )
 
 CLAIMS = ("no-dropout", "bn-plus-dropout", "reg-small", "reg-by-noise", "noise-reg")
@@ -149,16 +133,11 @@ DOSES = {
     "0.5 both": (0.5, True),
 }
 NORMS = ("bn", "none")
-NONE, HALF = "no dropout", "0.5 both"
 DROPOUT = tuple(f"{norm}, {dose}" for norm in NORMS for dose in DOSES)
 NOISE = ("none", "bn", "full")
 GROUPS = {"dropout": DROPOUT, "noise": NOISE, "ghost": tuple(ghosts.ARMS)}
 EVERY = 10  # steps between two looks at the training loss
 WORST = 10.0  # a loss above it, or none at all, counts as this
-_CONTRAST = "best dropout − none, with BN"
-_CONTROL = "best dropout − none, without BN"
-_SMALL = "dropout's effect − 2 × BN's"
-_NOISE = "needed share of what BN saves − saved without noise"
 
 
 class Plan(NamedTuple):
@@ -198,7 +177,7 @@ def cells(budget: str, data: str, seeds: int | None, rows: list[Row]) -> list[Ce
         wish
         for group in GROUPS
         for wish in needed_in(
-            group, tuned, plan.seeds[group], seeds, _main(tuned, group), _planned(tuned, group)
+            group, tuned, plan.seeds[group], seeds, _main(tuned, group), rules.planned(tuned, group)
         )
     ]
     return [_cell(plan, *wish) for wish in wanted]
@@ -207,7 +186,7 @@ def cells(budget: str, data: str, seeds: int | None, rows: list[Row]) -> list[Ce
 def expected(budget: str, data: str, seeds: int | None) -> list[Cell]:
     """About what a whole run asks for: no grid grows, half as many seeds more than the least."""
     plan = PLANS[budget]
-    doses = [f"{norm}, {dose}" for norm in NORMS for dose in (NONE, HALF)]
+    doses = [f"{norm}, {dose}" for norm in NORMS for dose in (rules.NONE, rules.HALF)]
     wanted = [
         wish
         for group, arms in {**GROUPS, "dropout": doses}.items()
@@ -224,7 +203,7 @@ def expected(budget: str, data: str, seeds: int | None) -> list[Cell]:
 
 
 def _settled(rows: Sequence[Row], plan: Plan) -> Tuned:
-    return settle(rows, GROUPS, plan, runs=_runs_of(rows))
+    return settle(rows, GROUPS, plan, runs=rules.runs_of(rows))
 
 
 def _cell(plan: Plan, wave: int, seed: int, part: str, what: Trained) -> Cell:
@@ -247,133 +226,16 @@ def _cell(plan: Plan, wave: int, seed: int, part: str, what: Trained) -> Cell:
     return Cell("regularization", arm, seed, round(plan.steps * step + 2e-5 * seen, 3), wave)
 
 
-def _runs_of(rows: Sequence[Row]) -> Runs:
-    """Runs by ``KEYS``; those of group "noise" have minus the area in the place of accuracy."""
-    runs = collect([row for row in rows if row.get("group") != "noise"], KEYS)
-    losses: dict[tuple[Scalar, ...], dict[int, dict[int, Row]]] = {}
-    for row in rows:
-        if row.get("group") == "noise" and isinstance(row.get("train_loss"), float):
-            seed, step = row["seed"], row["step"]
-            if isinstance(seed, int) and isinstance(step, int):
-                arm = losses.setdefault(tuple(row[key] for key in KEYS), {})
-                arm.setdefault(seed, {})[step] = row
-    for key, by_seed in losses.items():
-        runs[key] = {seed: _area_run(by_step) for seed, by_step in sorted(by_seed.items())}
-    return runs
-
-
-def _area_run(by_step: Mapping[int, Row]) -> Run:
-    steps = sorted(by_step)
-    losses = [row["train_loss"] for row in by_step.values()]
-    area = math.fsum(x for x in losses if isinstance(x, float)) / len(losses)
-    return Run(steps[-1:], [-area], [], any(bool(row["diverged"]) for row in by_step.values()))
-
-
 def _main(tuned: Tuned, group: str) -> list[Trained] | None:
     """All arms of a group; of dropout: none and the best, with and without BN; 0.5 without BN."""
     if group not in tuned.best:
         return None
     arms = list(GROUPS[group])
     if group == "dropout":
-        doses = _doses(tuned)
-        both = [f"{norm}, {dose}" for norm in NORMS for dose in (NONE, doses[norm])]
-        arms = list(dict.fromkeys([*both, f"none, {HALF}"]))
+        doses = rules.doses_of(tuned)
+        both = [arm for norm in NORMS for arm in (f"{norm}, {rules.NONE}", doses[norm])]
+        arms = list(dict.fromkeys([*both, f"none, {rules.HALF}"]))
     return [Trained(group, arm, tuned.best[group][arm]) for arm in arms]
-
-
-def _doses(tuned: Tuned) -> dict[str, str]:
-    """The best dropout with and without BN, chosen on validation; of equals the first."""
-    tried, best = trials(tuned.runs, "dropout"), tuned.best["dropout"]
-
-    def score(arm: str) -> float:
-        return math.fsum(tried[arm, best[arm]][seed].final for seed in TUNING_SEEDS)
-
-    return {
-        norm: max((d for d in DOSES if d != NONE), key=lambda dose: score(f"{norm}, {dose}"))
-        for norm in NORMS
-    }
-
-
-def _gain(tuned: Tuned, part: str, norm: str) -> dict[int, float]:
-    """Test accuracy, best dropout minus none, by seed."""
-    if "dropout" not in tuned.best:
-        return {}
-    return tuned.minus(part, "dropout", *(f"{norm}, {d}" for d in (_doses(tuned)[norm], NONE)))
-
-
-def _effects(tuned: Tuned, part: str) -> dict[str, dict[int, float]]:
-    """By how much BN, and by how much dropout of 0.5, makes the gap smaller, by seed."""
-    gaps, neither = _gaps(tuned), f"none, {NONE}"
-    return {
-        "BN": gaps.minus(part, "dropout", neither, f"bn, {NONE}"),
-        "dropout": gaps.minus(part, "dropout", neither, f"none, {HALF}"),
-    }
-
-
-def _gaps(tuned: Tuned) -> Tuned:
-    """Runs whose gap takes the place of the accuracy, so that the same code pairs the seeds."""
-    gaps = [
-        {**row, "accuracy": seen - held}
-        for row in tuned.rows
-        if isinstance(seen := row.get("train_accuracy"), float)
-        and isinstance(held := row["accuracy"], float)
-    ]
-    return tuned._replace(runs=_runs_of(gaps))
-
-
-_SLOPE, _SAME = "gap per doubling of m", f"noise of {ghosts.NOISY} − BN at m = {ghosts.NOISY}"
-
-
-def _ghost(tuned: Tuned, part: str) -> dict[str, dict[int, float]]:
-    """Slope of the gap over log2 of the ghost size, and the noise arm minus BN, by seed."""
-    gaps = _gaps(tuned)
-    by = {arm: gaps.ended(part, "ghost", arm) for arm in GROUPS["ghost"]}
-    shared = sorted(set.intersection(*(set(by_seed) for by_seed in by.values())))
-    x = [math.log2(m) for m in ghosts.SIZES]
-    slopes = {
-        s: statistics.linear_regression(x, [by[f"m = {m}"][s].final for m in ghosts.SIZES]).slope
-        for s in shared
-    }
-    noise, bn = (by[arm] for arm in (f"noise of {ghosts.NOISY}", f"m = {ghosts.NOISY}"))
-    return {_SLOPE: slopes, _SAME: {s: noise[s].final - bn[s].final for s in shared}}
-
-
-def _small(effects: Mapping[str, Mapping[int, float]]) -> dict[int, float]:
-    bn, dropout = effects["BN"], effects["dropout"]
-    return {s: dropout[s] - 2 * bn[s] for s in sorted(bn.keys() & dropout.keys())}
-
-
-def _saved(tuned: Tuned, part: str) -> dict[str, dict[int, float]]:
-    """Shares of the area of the training loss that BN saves, with its noise and without."""
-    none, bn, full = (tuned.ended(part, "noise", arm) for arm in NOISE)
-    shared = sorted(none.keys() & bn.keys() & full.keys())
-    return {
-        name: {s: 1 - by_seed[s].final / none[s].final for s in shared}
-        for name, by_seed in (("bn", bn), ("full", full))
-    }
-
-
-def _noise(saved: Mapping[str, Mapping[int, float]]) -> dict[int, float]:
-    share = claims()["reg-by-noise"].thresholds["share"]
-    return {s: share * saved["bn"][s] - saved["full"][s] for s in saved["bn"]}
-
-
-def _planned(tuned: Tuned, group: str) -> int | None:
-    """Seeds that the pilot asks for, None before it is complete."""
-    delta = {claim: claims()[claim].thresholds["delta"] for claim in CLAIMS}
-    if group == "noise":
-        pilot = {_NOISE: _noise(_saved(tuned, "pilot"))}
-        deltas = {_NOISE: delta["reg-by-noise"]}
-    elif group == "ghost":
-        pilot = _ghost(tuned, "pilot")
-        deltas = {_SLOPE: delta["noise-reg"], _SAME: claims()["noise-reg"].thresholds["same"]}
-    else:
-        pilot = {
-            _CONTRAST: _gain(tuned, "pilot", "bn"),
-            _SMALL: _small(_effects(tuned, "pilot")),
-        }
-        deltas = {_CONTRAST: delta["no-dropout"], _SMALL: delta["reg-small"]}
-    return asked_for(pilot, deltas, LEAST_SEEDS, MOST_SEEDS) if complete(pilot) else None
 
 
 # -- one cell -----------------------------------------------------------------------------------
@@ -497,178 +359,13 @@ def judge(rows: list[Row]) -> list[Verdict]:
     """All claims; what is missing makes them inconclusive."""
     if not rows:
         return []
-    tuned = _settled(rows, PLANS[str(rows[0]["budget"])])
-    return [*_dropout_verdicts(tuned), _noise_verdict(tuned), _ghost_verdict(tuned)]
-
-
-def _dropout_verdicts(tuned: Tuned) -> list[Verdict]:
-    """no-dropout, bn-plus-dropout and reg-small."""
-    of = {claim: claims()[claim].thresholds["delta"] for claim in CLAIMS}
-    planned, notes = _planned(tuned, "dropout"), tuned.notes("dropout")
-    size = PLANS[str(tuned.rows[0]["budget"])].size
-    setting = tuned.setting("regularization", f"MLP 200-200 on {size:,} images")
-    gain, without = (_gain(tuned, "fair", norm) for norm in NORMS)
-    helped = superiority(without.values(), of["no-dropout"], LEAST_SEEDS)
-    told = list(notes)
-    if "dropout" in tuned.best:
-        doses = _doses(tuned)
-        told.append(f"Best dropout: {doses['bn']} with BN, {doses['none']} without.")
-        alone_bn = tuned.minus("fair", "dropout", f"bn, {NONE}", f"none, {NONE}")
-        if len(alone_bn) > 1:
-            told.append(f"BN − none, both without dropout: {span(interval(alone_bn.values()))}.")
-    if helped.interval:
-        told.append(f"Positive control, {_CONTROL}: {span(helped.interval)}, {helped.status}.")
-    outcomes = {
-        "no-dropout": _unneeded(list(gain.values()), of["no-dropout"], helped),
-        "bn-plus-dropout": superiority(gain.values(), of["bn-plus-dropout"], EQUIVALENCE_SEEDS),
-    }
-    found = [
-        beside(
-            fair_verdict(
-                claim,
-                setting,
-                WORDS[claim],
-                alone(_CONTRAST, one),
-                pilot={_CONTRAST: _gain(tuned, "pilot", "bn")},
-                planned=planned,
-                notes=told,
-            ),
-            shown(_CONTROL, list(without.values()), "control"),
-        )
-        for claim, one in outcomes.items()
+    plan = PLANS[str(rows[0]["budget"])]
+    tuned = _settled(rows, plan)
+    return [
+        *rules.dropout(tuned, plan.size),
+        rules.noise(tuned, plan.noise_size),
+        rules.ghost_batches(tuned, plan.size),
     ]
-    effects = _effects(tuned, "fair")
-    for name, by_seed in effects.items():
-        if len(by_seed) > 1:
-            notes.append(f"Gap made smaller by {name}: {span(interval(by_seed.values()))} points.")
-    works = superiority(effects["dropout"].values(), of["reg-small"], LEAST_SEEDS)
-    small = controlled(lies_above(_small(effects).values(), 0.0, LEAST_SEEDS), works)
-    third = fair_verdict(
-        "reg-small",
-        setting,
-        WORDS["reg-small"],
-        alone(_SMALL, small),
-        pilot={_SMALL: _small(_effects(tuned, "pilot"))},
-        planned=planned,
-        notes=notes,
-    )
-    return [*found, third]
-
-
-def _ghost_verdict(tuned: Tuned) -> Verdict:
-    limits, notes = claims()["noise-reg"].thresholds, tuned.notes("ghost")
-    by, size = _ghost(tuned, "fair"), PLANS[str(tuned.rows[0]["budget"])].size
-    found = superiority(by[_SLOPE].values(), limits["delta"], LEAST_SEEDS)
-    same = equivalence(by[_SAME].values(), limits["same"], EQUIVALENCE_SEEDS)
-    if found.status == "supported" and same.status != "supported":
-        reason = f"noise of the same size is not shown to do the same: {same.status}"
-        found = dataclasses.replace(
-            found, status="inconclusive", reason=reason, n_needed=same.n_needed
-        )
-    if same.interval:
-        notes.append(f"Gap, {_SAME}: {span(same.interval)} points, {same.status}.")
-    for name, of in (("Gap", _gaps(tuned)), ("Test accuracy", tuned)):
-        means = [
-            f"{arm} {statistics.fmean(run.final for run in ended.values()):.2f}"
-            for arm in GROUPS["ghost"]
-            if (ended := of.ended("fair", "ghost", arm))
-        ]
-        if means:
-            notes.append(f"{name} (points): {', '.join(means)}.")
-    verdict = fair_verdict(
-        "noise-reg",
-        tuned.setting(
-            "regularization",
-            f"MLP 100-100 on {size:,} images",
-            unit="points of the gap per doubling of m",
-        ),
-        Words(
-            "the gap between training and test accuracy grows as the noise of the statistics "
-            "falls: {weakest}",
-            "the gap between training and test accuracy does not grow by {delta} points per "
-            "doubling of the ghost size: {refuted}",
-            "the gap between training and test accuracy changes so: {weakest}",
-        ),
-        alone(_SLOPE, found),
-        pilot=_ghost(tuned, "pilot"),
-        planned=_planned(tuned, "ghost"),
-        notes=notes,
-    )
-    return beside(verdict, shown(_SAME, list(by[_SAME].values()), "control"))
-
-
-def _noise_verdict(tuned: Tuned) -> Verdict:
-    limits, notes = claims()["reg-by-noise"].thresholds, tuned.notes("noise")
-    saved = _saved(tuned, "fair")
-    control = superiority(saved["bn"].values(), limits["delta"], LEAST_SEEDS)
-    found = controlled(lies_above(_noise(saved).values(), 0.0, LEAST_SEEDS), control)
-    if control.interval:
-        bn, full = (math.fsum(saved[a].values()) / len(saved[a]) for a in ("bn", "full"))
-        kept = f", which is {100 * full / bn:.0f} % of it" if bn > 0 else ""
-        notes.append(
-            f"Positive control, share of the area of the training loss that BN saves: "
-            f"{span(control.interval)}, {control.status}. Without noise: {full:.2f}{kept}."
-        )
-    tested = tuned._replace(runs=collect(tuned.rows, KEYS))
-    more = [
-        cell
-        for arm in ("bn", "full")
-        for cell in shown(
-            f"test accuracy, {arm} − none (points)",
-            list(tested.minus("fair", "noise", arm, "none").values()),
-        )
-    ]
-    size = PLANS[str(tuned.rows[0]["budget"])].noise_size
-    much = f"{100 * limits['share']:.0f} %"
-    what = "of the area of the training loss that batch normalization saves"
-    verdict = fair_verdict(
-        "reg-by-noise",
-        tuned.setting(
-            "regularization",
-            f"MLP 100-100 on {size:,} images",
-            unit="share of the area of the training loss",
-        ),
-        Words(
-            f"statistics without noise keep less than {much} {what}: {{weakest}}",
-            f"statistics without noise keep more than {much} {what}: {{refuted}}",
-            f"needed to keep {much} {what}, minus kept without noise: {{weakest}}",
-        ),
-        alone(_NOISE, found),
-        pilot={_NOISE: _noise(_saved(tuned, "pilot"))},
-        planned=_planned(tuned, "noise"),
-        notes=notes,
-    )
-    return beside(verdict, more)
-
-
-def _unneeded(gain: Sequence[float], delta: float, helped: Outcome) -> Outcome:
-    """no-dropout: equivalence, one-sided where dropout harms, and only where it helps without."""
-    found = equivalence(gain, delta, EQUIVALENCE_SEEDS)
-    if found.status == "refuted" and found.interval is not None and found.interval.mean < 0:
-        p = lies_above([-v for v in gain], -delta).p
-        found = dataclasses.replace(found, status="supported", reason="dropout harms", p=p)
-    return controlled(found, helped) if found.status == "supported" else found
-
-
-WORDS = {
-    "no-dropout": Words(
-        "with batch normalization the best dropout adds less than {delta} points: {weakest}",
-        "with batch normalization the best dropout still adds accuracy: {refuted}",
-        "with batch normalization the best dropout adds {weakest}",
-    ),
-    "bn-plus-dropout": Words(
-        "dropout adds accuracy to batch normalization: {weakest}",
-        "the best dropout does not add {delta} points to batch normalization: {refuted}",
-        "with batch normalization the best dropout adds {weakest}",
-    ),
-    "reg-small": Words(
-        "batch normalization makes the gap between training and test accuracy smaller by less "
-        "than half of what dropout of 0.5 does: {weakest}",
-        "batch normalization makes the gap between training and test accuracy smaller by half of "
-        "what dropout of 0.5 does, or more: {refuted}",
-        "the effects on the gap between training and test accuracy differ so: {weakest}",
-    ),
-}
 
 
 def figures(rows: list[Row]) -> list[dict[str, Any]]:
@@ -679,11 +376,13 @@ def figures(rows: list[Row]) -> list[dict[str, Any]]:
     tuned, where = _settled(rows, plan), place(rows)
     panels = []
     for norm, title in (("bn", "with batch normalization"), ("none", "without")):
-        doses = (_doses(tuned)[norm], NONE) if "dropout" in tuned.best else ()
+        if "dropout" not in tuned.best:
+            continue
+        arms = {rules.doses_of(tuned)[norm]: "bn", f"{norm}, {rules.NONE}": "none"}
         series = [
-            {**curve(ended, style), "name": dose}
-            for dose, style in zip(doses, ("bn", "none"), strict=False)
-            if (ended := tuned.ended("fair", "dropout", f"{norm}, {dose}"))
+            {**curve(ended, style), "name": arm.partition(", ")[2]}
+            for arm, style in arms.items()
+            if (ended := tuned.ended("fair", "dropout", arm))
         ]
         if series:
             panels.append({"title": title, "series": series})

@@ -75,16 +75,12 @@ Rows: arm fields part ("tuning", "fair", "pilot", "published"), group, arm ("bn"
 (scale-free), `raw_range`, `raw_change`, `raw_beta`. The last three: `accuracy`.
 """
 
-import dataclasses
-import itertools
 import math
 import statistics
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
-import numpy as np
 import torch
-from scipy.stats import rankdata
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
@@ -92,15 +88,11 @@ from gammabeta._runs import Row, Scalar
 from gammabeta.layers.ghost import GhostBatchNorm1d
 from gammabeta.probes import smoothness
 from gammabeta.probes.step import Step
-from gammabeta.studies._answer import Setting, Words, answer, span
-from gammabeta.studies._beside import answered, control_note, helped
-from gammabeta.studies._claims import claims
 from gammabeta.studies._data import Images
 from gammabeta.studies._experiments import Cell
-from gammabeta.studies._joint import Part, joint
 from gammabeta.studies._nets import MLP, Norm
-from gammabeta.studies._outcomes import asked_for
-from gammabeta.studies._pairs import LABELS, NORMS, collect
+from gammabeta.studies._pairs import LABELS, NORMS
+from gammabeta.studies._smoothness import rules
 from gammabeta.studies._train import (
     accuracy,
     batches,
@@ -112,14 +104,9 @@ from gammabeta.studies._train import (
 )
 from gammabeta.studies._tuned import (
     EQUIVALENCE_SEEDS,
-    KEYS,
     LEAST_SEEDS,
-    MOST_SEEDS,
-    Best,
     Trained,
     Tuned,
-    complete,
-    fair_verdict,
     guess,
     needed,
     own,
@@ -128,30 +115,16 @@ from gammabeta.studies._tuned import (
     tuning_figure,
 )
 from gammabeta.studies._verdict import (
-    Outcome,
     Verdict,
-    controlled,
-    interval,
-    superiority,
-    universal,
 )
 
 CLAIMS = ("smoother", "lp-norm", "ghost-less-smooth")
 
 LP = ("l1", "linf")
 GROUPS = {"deep": (*NORMS, *LP)}
-QUANTITIES = {
-    "range": "(a) range of the loss",
-    "change": "(b) change of the gradient",
-    "beta": "(c) effective beta",
-}
-PUBLISHED_RATE = 0.1
 DISTANCES = (0.5, 1.0, 2.0, 4.0)  # in learning rates
-GHOSTS = (4, 8, 16, 32, 64)
 RELATIVE = (0.003, 0.01, 0.03, 0.1)  # in norms of each weight
 BATCH = 128
-TINY = 1e-12  # a quantity that is smaller, as where the loss has vanished, counts as this
-_GRID = 10  # values of the loss at which arms are compared
 
 
 class Plan(NamedTuple):
@@ -172,9 +145,6 @@ PLANS = {
     "full": Plan(1500, 50, EQUIVALENCE_SEEDS, RATES, 10000, True),
 }
 
-Looks = Mapping[int, Row]  # by step
-Seen = dict[tuple[Scalar, ...], dict[int, dict[int, Row]]]  # KEYS -> seed -> step -> look
-
 
 # -- what is to be run --------------------------------------------------------------------------
 
@@ -183,7 +153,7 @@ def cells(budget: str, data: str, seeds: int | None, rows: list[Row]) -> list[Ce
     """As published, and tuning until the grid is settled; the main runs; pilot; more seeds."""
     plan = PLANS[budget]
     tuned = settle(own(rows, budget, data), GROUPS, plan)
-    return _wanted(tuned, plan, seeds, _planned(tuned.rows, tuned.best))
+    return _wanted(tuned, plan, seeds, rules.planned(tuned))
 
 
 def expected(budget: str, data: str, seeds: int | None) -> list[Cell]:
@@ -203,14 +173,14 @@ def _ghosts(plan: Plan, seeds: int | None, rate: float) -> list[Cell]:
     return [
         _cell(plan, 1, seed, "ghost", Trained("deep", f"ghost {m}", rate))
         for seed in range(count)
-        for m in GHOSTS
+        for m in rules.GHOSTS
     ]
 
 
 def _published(plan: Plan, seeds: int | None) -> list[Cell]:
     count = min(plan.seeds, LEAST_SEEDS) if seeds is None else seeds
     return [
-        _cell(plan, 1, seed, "published", Trained("deep", norm, PUBLISHED_RATE))
+        _cell(plan, 1, seed, "published", Trained("deep", norm, rules.PUBLISHED_RATE))
         for seed in range(count)
         for norm in NORMS
     ]
@@ -224,106 +194,6 @@ def _cell(plan: Plan, wave: int, seed: int, part: str, what: Trained) -> Cell:
     look = (walks + 2) * 1.5 * step + 0.01 if walks and what.arm not in LP else 0.0
     cost = plan.steps * step + plan.steps / plan.every * look + 2e-5 * min(plan.images, 10000)
     return Cell("smoothness", arm, seed, round(cost, 3), wave)
-
-
-def looks(rows: Sequence[Row]) -> Seen:
-    """The looks along the gradient, by arm, seed and step; those that have numbers."""
-    found: Seen = {}
-    for row in rows:
-        seed, step = row["seed"], row["step"]
-        if "loss" in row and isinstance(seed, int) and isinstance(step, int):
-            key = tuple(row[name] for name in KEYS)
-            found.setdefault(key, {}).setdefault(seed, {})[step] = row
-    return found
-
-
-def _pair(seen: Seen, part: str, rates: Mapping[str, float]) -> dict[int, tuple[Looks, Looks]]:
-    """Looks with and without BN, by seed; none where a rate is missing."""
-    if not set(NORMS) <= set(rates):
-        return {}
-    bn, none = (seen.get((part, *Trained("deep", n, rates[n])), {}) for n in NORMS)
-    return {seed: (bn[seed], none[seed]) for seed in sorted(bn.keys() & none.keys())}
-
-
-def smoother_by(
-    seen: Seen, part: str, rates: Mapping[str, float], prefix: str = ""
-) -> dict[str, dict[int, float]]:
-    """Mean over the looks of ln(without) - ln(with), by quantity and seed."""
-    pairs = _pair(seen, part, rates)
-    found: dict[str, dict[int, float]] = {name: {} for name in QUANTITIES}
-    for name, by_seed in found.items():
-        for seed, (bn, none) in pairs.items():
-            shared = sorted(bn.keys() & none.keys())
-            logs = [_log(none[s], prefix + name) - _log(bn[s], prefix + name) for s in shared]
-            if logs:
-                by_seed[seed] = statistics.fmean(logs)
-    return found
-
-
-def at_equal_loss(seen: Seen, part: str, rates: Mapping[str, float]) -> dict[str, dict[int, float]]:
-    """The same, at losses that both arms pass through; a seed without such losses has none."""
-    found: dict[str, dict[int, float]] = {name: {} for name in QUANTITIES}
-    for seed, arms in _pair(seen, part, rates).items():
-        ordered = [sorted(arm.values(), key=lambda row: _log(row, "loss")) for arm in arms]
-        x = [[_log(row, "loss") for row in arm] for arm in ordered]
-        low, high = max(v[0] for v in x), min(v[-1] for v in x)
-        if low >= high:
-            continue
-        grid = np.linspace(low, high, _GRID)
-        for name, by_seed in found.items():
-            bn, none = (
-                np.interp(grid, at, [_log(row, name) for row in arm])
-                for at, arm in zip(x, ordered, strict=True)
-            )
-            by_seed[seed] = float(np.mean(none - bn))
-    return found
-
-
-def _log(row: Row, name: str) -> float:
-    value = row[name]
-    if isinstance(value, bool) or not isinstance(value, int | float):
-        raise ValueError(f"a look must have the number {name}, got {value!r}. Repeat that cell.")
-    return math.log(max(value, TINY))
-
-
-def areas(rows: Sequence[Row], part: str, best: Best) -> dict[str, dict[int, float]]:
-    """Area of the training loss of each arm by seed, for the seeds that all arms have."""
-    found: dict[str, dict[int, dict[int, float]]] = {arm: {} for arm in GROUPS["deep"]}
-    for row in rows:
-        arm, seed, step, loss = row.get("arm"), row["seed"], row["step"], row.get("train_loss")
-        rate = best.get("deep", {}).get(str(arm))
-        ours = (row.get("part"), row.get("group"), row.get("rate")) == (part, "deep", rate)
-        if ours and isinstance(loss, float) and isinstance(seed, int) and isinstance(step, int):
-            found[str(arm)].setdefault(seed, {})[step] = loss
-    shared = sorted(set.intersection(*(set(by_seed) for by_seed in found.values())))
-    return {
-        arm: {seed: statistics.fmean(by_seed[seed].values()) for seed in shared}
-        for arm, by_seed in found.items()
-    }
-
-
-def _norms(area: Mapping[str, Mapping[int, float]]) -> dict[str, dict[int, float]]:
-    """Area of l1 and linf minus that of BN, in mean areas that BN saves."""
-    bn, none = area["bn"], area["none"]
-    saved = statistics.fmean(none[s] - bn[s] for s in bn) if bn else 0.0
-    if saved <= 0:
-        return {arm: {} for arm in LP}
-    return {arm: {s: (area[arm][s] - bn[s]) / saved for s in bn} for arm in LP}
-
-
-def _planned(rows: Sequence[Row], best: Best) -> int | None:
-    """Seeds that the pilot asks for, None before it is complete."""
-    pilot = smoother_by(looks(rows), "pilot", best.get("deep", {}))
-    area = areas(rows, "pilot", best)
-    if not complete(pilot) or not complete(area):
-        return None
-    limits = {claim: claims()[claim].thresholds["delta"] for claim in ("smoother", "lp-norm")}
-    wanted = [asked_for(pilot, dict.fromkeys(pilot, limits["smoother"]), LEAST_SEEDS, MOST_SEEDS)]
-    norms = {arm: by_seed for arm, by_seed in _norms(area).items() if by_seed}
-    if norms:
-        deltas = dict.fromkeys(norms, limits["lp-norm"])
-        wanted.append(asked_for(norms, deltas, EQUIVALENCE_SEEDS, MOST_SEEDS))
-    return max(wanted)
 
 
 # -- one cell -----------------------------------------------------------------------------------
@@ -433,190 +303,17 @@ def judge(rows: list[Row]) -> list[Verdict]:
         unit="share of the area of the training loss that batch normalization saves",
     )
     return [
-        _smoother_verdict(tuned),
-        _norms_verdict(tuned, setting),
-        _ghost_verdict(tuned, setting),
+        rules.smoother(tuned),
+        rules.other_norms(tuned, setting),
+        rules.ghosts(tuned, setting, BATCH),
     ]
-
-
-def _smoother_verdict(tuned: Tuned) -> Verdict:
-    seen, rates = looks(tuned.rows), tuned.best.get("deep", {})
-    same = dict.fromkeys(NORMS, PUBLISHED_RATE)
-    limits = claims()["smoother"].thresholds
-    control = helped(tuned.runs, "fair", "deep", rates, limits["control"])
-    fair, raw = (
-        universal(_named(by), limits["delta"], LEAST_SEEDS)
-        for by in (smoother_by(seen, "fair", rates), smoother_by(seen, "published", same, "raw_"))
-    )
-    beside = {
-        "at equal loss": at_equal_loss(seen, "fair", rates),
-        "at each best rate, not scale-free": smoother_by(seen, "fair", rates, "raw_"),
-    }
-    return answered(
-        "smoother",
-        tuned.setting(
-            "smoothness",
-            "MLP of five layers",
-            unit="natural logarithm of the ratio without / with",
-        ),
-        Words(
-            "loss and gradient change less along the gradient with batch normalization, "
-            "scale-free; least so {weakest}",
-            "loss and gradient do not all change less along the gradient with batch normalization, "
-            "scale-free: {refuted}",
-            "the smallest contrast, scale-free, is {weakest}",
-        ),
-        controlled(fair, control),
-        {f"rate {PUBLISHED_RATE:g}, not scale-free": raw},
-        delta=limits["delta"],
-        pilot=_named(smoother_by(seen, "pilot", rates)),
-        planned=_planned(tuned.rows, tuned.best),
-        notes=[*tuned.notes(), *control_note(control)],
-        beside={
-            f"{QUANTITIES[name]}, {where}": by_seed
-            for where, by in beside.items()
-            for name, by_seed in by.items()
-        },
-    )
-
-
-def by_ghost(rows: Sequence[Row], best: Best) -> dict[str, dict[int, list[float]]]:
-    """ln of the scale-free beta, and final accuracy in points, by m; one number for each seed."""
-    rate = best.get("deep", {}).get("bn")
-    runs, seen = collect(rows, KEYS), looks(rows)
-    arms = {m: ("ghost", "deep", f"ghost {m}", rate) for m in GHOSTS}
-    arms[BATCH] = ("fair", "deep", "bn", rate)  # a ghost as large as the batch
-    shared = sorted(set.intersection(*(set(runs.get(a, {})) & set(seen.get(a, {}))
-                                       for a in arms.values())))  # fmt: skip
-    return {
-        "ln beta": {
-            m: [statistics.fmean(_log(r, "beta") for r in seen[a][s].values()) for s in shared]
-            for m, a in arms.items()
-        },
-        "accuracy": {m: [runs[a][s].final for s in shared] for m, a in arms.items()},
-    }
-
-
-def spearman(values: Sequence[float]) -> tuple[float, float]:
-    """Correlation of the ranks with the order, and the exact p of one that is so small or smaller.
-
-    Of all orders of the values; equal values have the mean of their ranks. All equal: 0 and 1.
-
-    >>> spearman([5, 4, 3, 2])
-    (-1.0, 0.041666666666666664)
-    """
-    ranks = rankdata(values) - (len(values) + 1) / 2
-    order = np.arange(len(values)) - (len(values) - 1) / 2
-    scale = math.sqrt(float(ranks @ ranks) * float(order @ order))
-    if scale == 0:
-        return 0.0, 1.0
-    every = np.array(list(itertools.permutations(ranks))) @ order
-    found = float(ranks @ order)
-    return found / scale, float(np.mean(every <= found + 1e-9))
-
-
-def _ghost_verdict(tuned: Tuned, setting: Setting) -> Verdict:
-    level = claims()["ghost-less-smooth"].thresholds["p"]
-    sizes = ", ".join(str(m) for m in (*GHOSTS, BATCH))
-    notes = [*tuned.notes(), f"Ghost sizes {sizes}; 5 seeds, no pilot."]
-    cells: dict[str, Outcome] = {}
-    for name, by_m in by_ghost(tuned.rows, tuned.best).items():
-        count = min(len(values) for values in by_m.values())
-        if count < LEAST_SEEDS:
-            cells[name] = Outcome("inconclusive", None, f"{count} of at least {LEAST_SEEDS} seeds")
-            continue
-        means = [statistics.fmean(values) for values in by_m.values()]
-        rho, falls = spearman(means)
-        _, rises = spearman([-mean for mean in means])
-        status = "supported" if falls < level else "refuted" if rises < level else "inconclusive"
-        reason = f"correlation of the means {rho:+.2f}, p = {falls:.3f}"
-        own = [spearman(one)[0] for one in zip(*by_m.values(), strict=True)]
-        cells[name] = Outcome(status, interval(own), reason, p=min(1.0, 2 * falls))
-        each = ", ".join(f"{m}: {mean:.2f}" for m, mean in zip(by_m, means, strict=True))
-        notes.append(f"Mean {name} by m: {each}; {reason} (falls), {rises:.3f} (rises).")
-    statuses = {cell.status for cell in cells.values()}
-    status = (
-        "refuted" if "refuted" in statuses
-        else "supported" if statuses == {"supported"} else "inconclusive"
-    )  # fmt: skip
-    means_of = {n: c.interval.mean for n, c in cells.items() if c.interval}
-    weakest = max(means_of, key=lambda name: means_of[name]) if means_of else None
-    ps = [cell.p for cell in cells.values() if cell.p is not None]
-    verdict = answer(
-        "ghost-less-smooth",
-        setting._replace(
-            condition="all ghost sizes at the best rate of the whole batch",
-            unit="Spearman correlation with m",
-        ),
-        Words(
-            "with smaller ghosts effective beta is larger and test accuracy higher: {weakest}",
-            "with smaller ghosts effective beta is not larger, or test accuracy not higher: "
-            "{refuted}",
-            "correlations with the ghost size are at most {weakest}",
-        ),
-        Outcome(
-            status,
-            cells[weakest].interval if weakest else None,
-            "; ".join(f"{name}: {cell.reason}" for name, cell in cells.items()),
-            cells=cells,
-            weakest=weakest,
-            p=max(ps) if len(ps) == len(cells) else None,
-        ),
-        {},
-        delta=level,
-        pilot={},
-        planned=None,
-        notes=notes,
-    )
-    return dataclasses.replace(verdict, published_status=None, delta=None)
-
-
-def _norms_verdict(tuned: Tuned, setting: Setting) -> Verdict:
-    limits, notes = claims()["lp-norm"].thresholds, tuned.notes()
-    rows, best = tuned.rows, tuned.best
-    area = areas(rows, "fair", best)
-    saved = superiority(
-        [1 - area["bn"][s] / area["none"][s] for s in area["bn"]], limits["control"], LEAST_SEEDS
-    )
-    if saved.interval:
-        notes.append(
-            f"Positive control, share of the area of none that BN saves: {span(saved.interval)}, "
-            f"{saved.status}."
-        )
-    parts = {
-        f"{arm} − BN": Part(list(v.values()), "equivalence", limits["delta"])
-        for arm, v in _norms(area).items()
-    }
-    found = joint(parts, EQUIVALENCE_SEEDS)
-    sizes = {n: abs(c.interval.mean) for n, c in found.cells.items() if c.interval}
-    if sizes:
-        far = max(sizes, key=lambda name: sizes[name])
-        found = dataclasses.replace(found, weakest=far, interval=found.cells[far].interval)
-    pilot = {f"{arm} − BN": v for arm, v in _norms(areas(rows, "pilot", best)).items()}
-    return fair_verdict(
-        "lp-norm",
-        setting,
-        Words(
-            "other norms train as well as batch normalization: farthest is {weakest}",
-            "other norms do not train as batch normalization does: {refuted}",
-            "the area of the training loss differs most for {weakest}",
-        ),
-        controlled(found, saved),
-        pilot=pilot,
-        planned=_planned(rows, best),
-        notes=notes,
-    )
-
-
-def _named(by: Mapping[str, Mapping[int, float]]) -> dict[str, list[float]]:
-    return {QUANTITIES[name]: list(values.values()) for name, values in by.items()}
 
 
 def figures(rows: list[Row]) -> list[dict[str, Any]]:
     """The three quantities over training, scale-free and as published; the tuning."""
     if not rows:
         return []
-    tuned, seen = settle(rows, GROUPS, PLANS[str(rows[0]["budget"])]), looks(rows)
+    tuned, seen = settle(rows, GROUPS, PLANS[str(rows[0]["budget"])]), rules.looks(rows)
     rates = {norm: tuned.best["deep"][norm] for norm in NORMS} if tuned.best else {}
     both = [
         (
@@ -628,9 +325,9 @@ def figures(rows: list[Row]) -> list[dict[str, Any]]:
         ),
         (
             "published",
-            dict.fromkeys(NORMS, PUBLISHED_RATE),
+            dict.fromkeys(NORMS, rules.PUBLISHED_RATE),
             "raw_",
-            f"as published, both at the rate {PUBLISHED_RATE:g}",
+            f"as published, both at the rate {rules.PUBLISHED_RATE:g}",
             "The walk is that of the source, up to 4 learning rates; it depends on the scale.",
         ),
     ]
@@ -638,7 +335,7 @@ def figures(rows: list[Row]) -> list[dict[str, Any]]:
     for part, by_norm, prefix, how, caption in both:
         panels: list[dict[str, Any]] = []
         ends: list[str] = []
-        for name, title in QUANTITIES.items():
+        for name, title in rules.QUANTITIES.items():
             series = [
                 _series(seen.get((part, *Trained("deep", n, r)), {}), n, prefix + name)
                 for n, r in by_norm.items()
@@ -666,11 +363,11 @@ def figures(rows: list[Row]) -> list[dict[str, Any]]:
     return found + tuning_figure("smoothness", tuned, "five layers")
 
 
-def _series(by_seed: Mapping[int, Looks], norm: str, name: str) -> dict[str, Any]:
+def _series(by_seed: Mapping[int, rules.Looks], norm: str, name: str) -> dict[str, Any]:
     by_step: dict[int, list[float]] = {}
     for seen in by_seed.values():
         for step, row in seen.items():
-            by_step.setdefault(step, []).append(math.exp(_log(row, name)))
+            by_step.setdefault(step, []).append(math.exp(rules.log(row, name)))
     steps = sorted(by_step)
     return {
         "name": LABELS[norm],

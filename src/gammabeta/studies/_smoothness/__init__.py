@@ -1,0 +1,1 @@
+"""What the experiment on smoothness concludes, beside its own file."""
