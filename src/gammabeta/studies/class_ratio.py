@@ -63,26 +63,33 @@ import torch
 from torch import Tensor, nn
 
 from gammabeta._runs import Row, Scalar
-from gammabeta.studies._answer import PLACES, Setting, Words, answer, points
+from gammabeta.studies._answer import PLACES, Setting, answer
 from gammabeta.studies._claims import claims
+from gammabeta.studies._class_ratio.contrasts import (
+    ARMS,
+    PUBLISHED_RATES,
+    WHOLE,
+    WORDS,
+    Found,
+    contrasts,
+    found_in,
+    notes_of,
+    planned,
+    shown,
+)
 from gammabeta.studies._data import Images
 from gammabeta.studies._experiments import Cell
 from gammabeta.studies._joint import Part, joint, outcome
 from gammabeta.studies._nets import MLP, Norm, m2, renorm
 from gammabeta.studies._pairs import Tuning, collect, tune
 from gammabeta.studies._train import accuracy, log_steps, pixels, stream, train
-from gammabeta.studies._verdict import Verdict, controlled, interval, planned_n
+from gammabeta.studies._tuned import EQUIVALENCE_SEEDS, PILOT_SEEDS, TUNING_SEEDS, own
+from gammabeta.studies._verdict import Verdict, controlled, interval
 
 CLAIMS = ("mismatch", "brn-mismatch", "f-mismatch")
-
-TUNING_SEEDS = (800, 801)
-PILOT_SEEDS = (900, 901, 902, 903)
-LEAST_SEEDS, MOST_SEEDS = 8, 16
-ARMS = ("none", "bn", "brn", "ln")
 MODES = ("whole", "running", "precise", "64")
 COUNTS = {"true": (1135, 500, 250, 50), "intended": (980, 109, 52, 10)}  # ones beside 980 zeros
 ZEROS, SUBSAMPLES = 980, 20
-PUBLISHED_RATES = (0.01, 0.0001)
 RATES = (0.01, 0.03, 0.1, 0.3, 1.0, 3.0)
 _COST = {"none": 0.6, "bn": 0.8, "brn": 1.9, "ln": 0.8}  # ms a step
 _EVALUATION = {"none": 0.1, "bn": 1.8, "brn": 1.8, "ln": 0.1}  # s
@@ -110,8 +117,8 @@ PLANS = {
 
 def cells(budget: str, data: str, seeds: int | None, rows: list[Row]) -> list[Cell]:
     """Tuning until the grid is settled; the main runs, seed by seed; pilot; more seeds."""
-    plan, own = PLANS[budget], [r for r in rows if (r["budget"], r["data"]) == (budget, data)]
-    tuning = _tuning(own, plan)
+    plan, rows = PLANS[budget], own(rows, budget, data)
+    tuning = _tuning(rows, plan)
     wanted = [
         _cell(plan, 0, seed, "tuning", norm, rate)
         for seed in TUNING_SEEDS
@@ -120,7 +127,7 @@ def cells(budget: str, data: str, seeds: int | None, rows: list[Row]) -> list[Ce
     ]
     if tuning.best is None:
         return wanted
-    return wanted + _main(plan, tuning.best, seeds, _planned(own, tuning.best))
+    return wanted + _main(plan, tuning.best, seeds, planned(rows, tuning.best))
 
 
 def expected(budget: str, data: str, seeds: int | None) -> list[Cell]:
@@ -291,121 +298,21 @@ def _shares(logits: Tensor, labels: Tensor) -> tuple[float, float]:
 
 # -- what it means ------------------------------------------------------------------------------
 
-# (part, norm, rate) -> seed -> (ratios, mode) -> odds -> balanced accuracy in points
-Found = dict[tuple[Scalar, ...], dict[int, dict[tuple[Scalar, Scalar], dict[float, float]]]]
-
-
-def _found(rows: Sequence[Row]) -> Found:
-    found: Found = {}
-    for row in rows:
-        seed, odds, value = row.get("seed"), row.get("odds"), row.get("balanced")
-        if (
-            isinstance(seed, int)
-            and isinstance(odds, int | float)
-            and isinstance(value, int | float)
-        ):
-            by_seed = found.setdefault((row["part"], row["norm"], row["rate"]), {})
-            by_set = by_seed.setdefault(seed, {}).setdefault((row["ratios"], row["mode"]), {})
-            by_set[float(odds)] = 100 * float(value)
-    return found
-
-
-def slope(by_odds: Mapping[float, float]) -> float | None:
-    """Points per decade of ones per zero; positive: accuracy falls as ones become rare.
-
-    >>> slope({1.0: 99.0, 0.1: 98.0, 0.01: 97.0})
-    1.0
-    """
-    if len(by_odds) < 2:
-        return None
-    x = [math.log10(odds) for odds in by_odds]
-    return round(statistics.linear_regression(x, list(by_odds.values())).slope, 12)
-
-
-def fall(by_odds: Mapping[float, float]) -> float | None:
-    """Points lost from the most ones to the fewest."""
-    return by_odds[max(by_odds)] - by_odds[min(by_odds)] if len(by_odds) > 1 else None
-
-
-def _values(
-    found: Found,
-    part: str,
-    norm: str,
-    rate: float | None,
-    mode: str,
-    of: Callable[[Mapping[float, float]], float | None] = slope,
-    ratios: str = "true",
-) -> dict[int, float]:
-    """A number of each seed."""
-    if norm in ("none", "ln"):
-        mode = "running"
-    by_seed = found.get((part, norm, rate), {})
-    each = {s: of(sets.get((ratios, mode), {})) for s, sets in sorted(by_seed.items())}
-    return {s: v for s, v in each.items() if v is not None}
-
-
-def _mends(found: Found, part: str, rates: Mapping[str, float], mode: str = "whole") -> list[float]:
-    """Slope of BN minus slope of Batch Renormalization by seed."""
-    bn, brn = (_values(found, part, norm, rates.get(norm), mode) for norm in ("bn", "brn"))
-    return [bn[s] - brn[s] for s in bn if s in brn]
-
-
-def _slopes(found: Found, part: str, rates: Mapping[str, float], mode: str) -> list[float]:
-    return list(_values(found, part, "bn", rates.get("bn"), mode).values())
-
-
-def _contrasts(found: Found, part: str, rates: Mapping[str, float]) -> dict[str, dict[str, Part]]:
-    """The parts of each claim."""
-    delta = {claim: claims()[claim].thresholds["delta"] for claim in CLAIMS}
-    whole, running = (_slopes(found, part, rates, mode) for mode in ("whole", "running"))
-    falls = {
-        mode: list(_values(found, part, "bn", rates.get("bn"), mode, fall).values())
-        for mode in ("running", "precise")
-    }
-    own = delta["mismatch"]
-    hurts = {_WHOLE: Part(whole, "superiority", own, level="whole")}
-    if part != "published":
-        hurts |= {
-            f"fall, {mode} statistics": Part(values, "superiority", own, level=mode)
-            for mode, values in falls.items()
-        }
-    return {
-        "mismatch": hurts,
-        "brn-mismatch": {
-            _MENDS: Part(_mends(found, part, rates), "superiority", delta["brn-mismatch"])
-        },
-        "f-mismatch": {
-            _WHOLE: Part(whole, "superiority", delta["f-mismatch"]),
-            "slope, running statistics": Part(running, "equivalence", delta["f-mismatch"]),
-        },
-    }
-
-
-def _planned(rows: Sequence[Row], best: Mapping[str, float]) -> int | None:
-    """Seeds that the pilot asks for, None before it is complete."""
-    needed = []
-    for parts in _contrasts(_found(rows), "pilot", best).values():
-        for part in parts.values():
-            if len(part.values) < len(PILOT_SEEDS):
-                return None
-            needed.append(planned_n(part.values, part.bound, LEAST_SEEDS, MOST_SEEDS))
-    return max(needed)
-
 
 def judge(rows: list[Row]) -> list[Verdict]:
     """The three claims; what is missing makes them inconclusive."""
     if not rows:
         return []
     budget, data = str(rows[0]["budget"]), str(rows[0]["data"])
-    plan, found = PLANS[budget], _found(rows)
+    plan, found = PLANS[budget], found_in(rows)
     tuning = _tuning(rows, plan)
     best = tuning.best or {}
-    fair, pilot = _contrasts(found, "fair", best), _contrasts(found, "pilot", best)
+    fair, pilot = contrasts(found, "fair", best), contrasts(found, "pilot", best)
     letter = {
-        f"rate {rate:g}": _contrasts(found, "published", dict.fromkeys(ARMS, rate))
+        f"rate {rate:g}": contrasts(found, "published", dict.fromkeys(ARMS, rate))
         for rate in PUBLISHED_RATES
     }
-    notes = _notes(plan, budget, tuning, rows)
+    notes = notes_of(tuning, rows, plan.steps, decides=plan.decides)
     where = ("class-ratio", budget, data, "MLP 100-100, sigmoid, digits 0 and 1")
     setting = Setting(
         *where,
@@ -417,10 +324,10 @@ def judge(rows: list[Row]) -> list[Verdict]:
     for claim in CLAIMS:
 
         def said(parts: Mapping[str, Mapping[str, Part]], claim: str = claim) -> Any:
-            whole = joint(parts[claim], LEAST_SEEDS)
+            whole = joint(parts[claim], EQUIVALENCE_SEEDS)
             if claim != "brn-mismatch":
                 return whole
-            hurt = outcome(parts["f-mismatch"][_WHOLE], LEAST_SEEDS)
+            hurt = outcome(parts["f-mismatch"][WHOLE], EQUIVALENCE_SEEDS)
             return controlled(whole, hurt)
 
         first = next(iter(fair[claim]))
@@ -433,87 +340,11 @@ def judge(rows: list[Row]) -> list[Verdict]:
                 {level: said(parts) for level, parts in letter.items()},
                 delta=claims()[claim].thresholds["delta"],
                 pilot={first: list(pilot[claim][first].values)},
-                planned=_planned(rows, best),
-                notes=[*notes, *_shown(found, best, claim)],
+                planned=planned(rows, best),
+                notes=[*notes, *shown(found, best, claim, MODES)],
             )
         )
     return verdicts
-
-
-_WHOLE = "slope, whole-test-batch statistics"
-_MENDS = "slope of BN − slope of Batch Renormalization"
-WORDS = {
-    "mismatch": Words(
-        "rare ones cost accuracy with any statistics: {weakest} per decade",
-        "rare ones do not cost {delta} points: {refuted}",
-        "accuracy falls per decade by, of {weakest}",
-        "rare ones cost accuracy where the test set normalizes itself, not with running or "
-        "precise statistics, or the other way round: {weakest} per decade; not: {refuted}",
-    ),
-    "brn-mismatch": Words(
-        "Batch Renormalization loses less as ones become rare: {weakest} per decade",
-        "Batch Renormalization does not lose {delta} points per decade less: {refuted}",
-        "what Batch Renormalization loses less is {weakest} per decade",
-    ),
-    "f-mismatch": Words(
-        "rare ones cost accuracy with the test set's own statistics and not with running ones: "
-        "{weakest} per decade",
-        "the effect is not one of the test set's own statistics alone: {refuted}",
-        "accuracy falls per decade by, of {weakest}",
-    ),
-}
-
-
-def _shown(found: Found, best: Mapping[str, float], claim: str) -> list[str]:
-    """Means that are not in the verdict: other modes, arms and ratios."""
-    settings = [("fair", best)]
-    settings += [("published", dict.fromkeys(ARMS, rate)) for rate in PUBLISHED_RATES]
-    notes = []
-    for part, rates in settings:
-        where = part if part == "fair" else f"published, rate {rates['bn']:g}"
-        if claim == "brn-mismatch":
-            each = {mode: _mends(found, part, rates, mode) for mode in MODES}
-            what = "Slope of BN − Batch Renormalization by mode"
-        elif claim == "mismatch":
-            each = {
-                f"{arm}, {mode}": list(
-                    _values(found, part, arm, rates.get(arm), mode, slope, "intended").values()
-                )
-                for arm in ARMS
-                for mode in (MODES if arm in ("bn", "brn") else ("running",))
-            }
-            what = "Slope with the intended ratios"
-        else:
-            each = {mode: _slopes(found, part, rates, mode) for mode in MODES}
-            what = "Slope of BN by mode"
-        known = [f"{name} {points(statistics.fmean(v))}" for name, v in each.items() if v]
-        if known:
-            notes.append(f"{what} ({where}): {', '.join(known)}.")
-    return notes
-
-
-def _notes(plan: Plan, budget: str, tuning: Tuning, rows: Sequence[Row]) -> list[str]:
-    notes = []
-    if tuning.best is not None:
-        chosen = ", ".join(f"{arm} {rate:g}" for arm, rate in tuning.best.items())
-        notes.append(f"Learning rates chosen: {chosen}.")
-    if tuning.missing:
-        notes.append(f"Missing: {tuning.missing} tuning runs; nothing fair.")
-    elif tuning.at_edge and plan.decides:
-        arms = ", ".join(tuning.at_edge)
-        notes.append(f"The best learning rate is at the end of all that is tried: {arms}.")
-    diverged = {
-        (r["part"], r["norm"], r["rate"], r["seed"])
-        for r in rows
-        if r.get("diverged") and r["part"] != "tuning"
-    }
-    if diverged:
-        notes.append(f"Runs that diverged, and count with the accuracy they had: {len(diverged)}.")
-    if not plan.decides:
-        notes.append(f"The budget {budget} tries the wiring; it decides nothing.")
-    elif plan.steps < PLANS["full"].steps:
-        notes.append(f"As published, but {plan.steps:,} steps for the source's 1,000.")
-    return notes
 
 
 # -- figures ------------------------------------------------------------------------------------
@@ -523,7 +354,7 @@ def figures(rows: list[Row]) -> list[dict[str, Any]]:
     """Balanced accuracy over the class ratio: one panel for each mode."""
     if not rows:
         return []
-    plan, data, found = PLANS[str(rows[0]["budget"])], str(rows[0]["data"]), _found(rows)
+    plan, data, found = PLANS[str(rows[0]["budget"])], str(rows[0]["data"]), found_in(rows)
     best = _tuning(rows, plan).best or {}
     settings = [("fair", "fair", best)]
     settings += [
@@ -580,11 +411,11 @@ _NAMES = {"none": "without", "bn": "with batch normalization", "brn": "Batch Ren
 def _series(
     found: Found, part: str, norm: str, rate: float | None, mode: str
 ) -> dict[str, Any] | None:
-    own = "running" if norm in ("none", "ln") else mode
+    mode_of = "running" if norm in ("none", "ln") else mode
     by_odds: dict[float, list[float]] = {}
     for sets in found.get((part, norm, rate), {}).values():
         for ratios in COUNTS:
-            for odds, value in sets.get((ratios, own), {}).items():
+            for odds, value in sets.get((ratios, mode_of), {}).items():
                 by_odds.setdefault(odds, []).append(value)
     if not by_odds:
         return None

@@ -1,0 +1,1 @@
+"""What the experiment on class ratios concludes, beside its own file."""
