@@ -5,6 +5,7 @@ the fields part ("tuning", "fair" or "pilot"), group, arm and rate.
 """
 
 import dataclasses
+import math
 from collections.abc import Callable, Container, Mapping, Sequence
 from typing import Any, NamedTuple, Protocol
 
@@ -96,6 +97,25 @@ class Tuned(NamedTuple):
     def minus(self, part: str, group: str, first: str, second: str) -> dict[int, float]:
         """Final accuracy of an arm minus that of another of its group, in points, by seed."""
         return gains(self.ended(part, group, first), self.ended(part, group, second))
+
+    def champion(self, group: str, arms: Sequence[str]) -> str:
+        """Of some arms the best on validation; the first, of equals and before rates are chosen."""
+        if group not in self.best:
+            return arms[0]
+        tried, best = trials(self.runs, group), self.best[group]
+        return max(
+            arms, key=lambda arm: math.fsum(tried[arm, best[arm]][s].final for s in TUNING_SEEDS)
+        )
+
+    def gaps(self) -> "Tuned":
+        """The same with training minus test accuracy in the place of the accuracy."""
+        rows = [
+            {**row, "accuracy": seen - held}
+            for row in self.rows
+            if isinstance(seen := row.get("train_accuracy"), float)
+            and isinstance(held := row.get("accuracy"), float)
+        ]
+        return self._replace(runs=collect(rows, KEYS))
 
 
 def settle(

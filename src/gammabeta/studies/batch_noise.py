@@ -87,11 +87,10 @@ from gammabeta.studies._experiments import Cell
 from gammabeta.studies._joint import Part, joint
 from gammabeta.studies._nets import MLP
 from gammabeta.studies._outcomes import alone, asked_for, beside
-from gammabeta.studies._pairs import collect, gains
+from gammabeta.studies._pairs import gains
 from gammabeta.studies._points import Axes, drawings
 from gammabeta.studies._train import accuracy, batches, fair_split, log_steps, pixels, stream, train
 from gammabeta.studies._tuned import (
-    KEYS,
     LEAST_SEEDS,
     MOST_SEEDS,
     TUNING_SEEDS,
@@ -225,25 +224,8 @@ def _main(tuned: Tuned, group: str) -> list[Trained] | None:
 
 
 def _champion(tuned: Tuned, group: str) -> str:
-    """The size in the middle, or the ghosts, that are best on validation; of equals the first."""
-    arms = MIDDLE if group == "size" else tuple(GHOSTS)
-    if group not in tuned.best:
-        return arms[0]
-    tried, best = trials(tuned.runs, group), tuned.best[group]
-    return max(
-        arms, key=lambda arm: math.fsum(tried[arm, best[arm]][s].final for s in TUNING_SEEDS)
-    )
-
-
-def _gaps(tuned: Tuned) -> Tuned:
-    """Runs whose gap takes the place of the accuracy."""
-    gaps = [
-        {**row, "accuracy": seen - held}
-        for row in tuned.rows
-        if isinstance(seen := row.get("train_accuracy"), float)
-        and isinstance(held := row.get("accuracy"), float)
-    ]
-    return tuned._replace(runs=collect(gaps, KEYS))
+    """The size in the middle, or the ghosts, that are best on validation."""
+    return tuned.champion(group, MIDDLE if group == "size" else tuple(GHOSTS))
 
 
 def parabola(x: Sequence[float], y: Sequence[float]) -> tuple[float, float, float]:
@@ -284,7 +266,7 @@ def _planned(tuned: Tuned, group: str) -> int | None:
         deltas = {_GHOST: of["ghost-bn"]}
     else:
         pilot = {
-            _GAPS: _gaps(tuned).minus("pilot", group, "m = 512", "m = 64"),
+            _GAPS: tuned.gaps().minus("pilot", group, "m = 512", "m = 64"),
             _TOO_SMALL: tuned.minus("pilot", group, champion, "m = 4"),
             _TOO_LARGE: tuned.minus("pilot", group, champion, ALL),
         }
@@ -384,7 +366,7 @@ def _ended(tuned: Tuned, arms: Sequence[str], label: str) -> list[str]:
 
 
 def _size_verdicts(tuned: Tuned) -> list[Verdict]:
-    plan, gaps, notes = PLANS[str(tuned.rows[0]["budget"])], _gaps(tuned), tuned.notes("size")
+    plan, gaps, notes = PLANS[str(tuned.rows[0]["budget"])], tuned.gaps(), tuned.notes("size")
     setting = tuned.setting(
         "batch-noise",
         f"MLP 100-100 on {plan.size:,} images, SGD batches of {plan.batch}",
@@ -511,7 +493,7 @@ def figures(rows: list[Row]) -> list[dict[str, Any]]:
     plan = PLANS[str(rows[0]["budget"])]
     tuned, where = settle(rows, GROUPS, plan), place(rows)
     points: list[Row] = []
-    for curve, what in (("accuracy", tuned), ("gap", _gaps(tuned))):
+    for curve, what in (("accuracy", tuned), ("gap", tuned.gaps())):
         for arm in GROUPS["size"]:
             ended = what.ended("fair", "size", arm)
             head: Row = {"kind": "curve", "curve": curve, "series": "ghost batches"}

@@ -54,7 +54,7 @@ from torch import Tensor
 
 from gammabeta._runs import Row, Scalar
 from gammabeta.layers.batch_norm import BatchNorm1d
-from gammabeta.studies._answer import PLACES, Setting, Words
+from gammabeta.studies._answer import Setting, Words
 from gammabeta.studies._claims import claims
 from gammabeta.studies._data import Images
 from gammabeta.studies._experiments import Cell
@@ -69,6 +69,8 @@ from gammabeta.studies._tuned import (
     PILOT_SEEDS,
     complete,
     fair_verdict,
+    own,
+    place,
     shown,
 )
 from gammabeta.studies._verdict import Verdict
@@ -122,7 +124,7 @@ PLANS = {
 def cells(budget: str, data: str, seeds: int | None, rows: list[Row]) -> list[Cell]:
     """All arms; pilot; more seeds."""
     plan = PLANS[budget]
-    planned = _planned([r for r in rows if (r["budget"], r["data"]) == (budget, data)])
+    planned = _planned(own(rows, budget, data))
     return _wanted(plan, seeds, planned)
 
 
@@ -328,7 +330,7 @@ def figures(rows: list[Row]) -> list[dict[str, Any]]:
     """Real over running variance for each share that is dropped."""
     if not rows:
         return []
-    where = PLACES.get(str(rows[0]["data"]), str(rows[0]["data"]))
+    where = place(rows)
     points: list[Row] = []
     for name, (arm, share, layer) in JUDGED.items():
         series = name.split(" before ")[1]

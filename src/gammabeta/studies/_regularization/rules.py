@@ -16,12 +16,10 @@ from gammabeta.studies._tuned import (
     KEYS,
     LEAST_SEEDS,
     MOST_SEEDS,
-    TUNING_SEEDS,
     Tuned,
     complete,
     fair_verdict,
     shown,
-    trials,
 )
 from gammabeta.studies._verdict import (
     Outcome,
@@ -65,13 +63,9 @@ def _area_run(by_step: Mapping[int, Row]) -> Run:
 
 def doses_of(tuned: Tuned) -> dict[str, str]:
     """The arms with the best dropout, with and without BN, by validation; of equals the first."""
-    tried, best = trials(tuned.runs, "dropout"), tuned.best["dropout"]
-
-    def score(arm: str) -> float:
-        return math.fsum(tried[arm, best[arm]][seed].final for seed in TUNING_SEEDS)
-
+    arms = [arm for arm in tuned.groups["dropout"] if not arm.endswith(NONE)]
     return {
-        norm: max((a for a in best if a.startswith(norm) and not a.endswith(NONE)), key=score)
+        norm: tuned.champion("dropout", [arm for arm in arms if arm.startswith(norm)])
         for norm in NORMS
     }
 
@@ -85,27 +79,16 @@ def _gain(tuned: Tuned, part: str, norm: str) -> dict[int, float]:
 
 def _effects(tuned: Tuned, part: str) -> dict[str, dict[int, float]]:
     """By how much BN, and by how much dropout of 0.5, makes the gap smaller, by seed."""
-    gaps, neither = _gaps(tuned), f"none, {NONE}"
+    gaps, neither = tuned.gaps(), f"none, {NONE}"
     return {
         "BN": gaps.minus(part, "dropout", neither, f"bn, {NONE}"),
         "dropout": gaps.minus(part, "dropout", neither, f"none, {HALF}"),
     }
 
 
-def _gaps(tuned: Tuned) -> Tuned:
-    """Runs whose gap takes the place of the accuracy, so that the same code pairs the seeds."""
-    gaps = [
-        {**row, "accuracy": seen - held}
-        for row in tuned.rows
-        if isinstance(seen := row.get("train_accuracy"), float)
-        and isinstance(held := row["accuracy"], float)
-    ]
-    return tuned._replace(runs=runs_of(gaps))
-
-
 def _ghost(tuned: Tuned, part: str) -> dict[str, dict[int, float]]:
     """Slope of the gap over log2 of the ghost size, and the noise arm minus BN, by seed."""
-    gaps = _gaps(tuned)
+    gaps = tuned.gaps()
     by = {arm: gaps.ended(part, "ghost", arm) for arm in ghosts.ARMS}
     shared = sorted(set.intersection(*(set(by_seed) for by_seed in by.values())))
     x = [math.log2(m) for m in ghosts.SIZES]
@@ -224,7 +207,7 @@ def ghost_batches(tuned: Tuned, size: int) -> Verdict:
         )
     if same.interval:
         notes.append(f"Gap, {_SAME}: {span(same.interval)} points, {same.status}.")
-    for name, of in (("Gap", _gaps(tuned)), ("Test accuracy", tuned)):
+    for name, of in (("Gap", tuned.gaps()), ("Test accuracy", tuned)):
         means = [
             f"{arm} {statistics.fmean(run.final for run in ended.values()):.2f}"
             for arm in ghosts.ARMS
