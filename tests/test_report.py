@@ -11,12 +11,14 @@ import shutil
 import subprocess
 import sys
 from contextlib import contextmanager
+from pathlib import Path
 
 import pytest
 
 from gammabeta import _runs
 from gammabeta.report import _embed, _marks, page
 
+RESULTS = Path(__file__).resolve().parents[1] / "results"
 ACTIVATIONS = ("relu", "leaky_relu", "sigmoid", "softplus", "tanh")
 GAIN = {"relu": 0.3, "leaky_relu": 0.6, "sigmoid": 2.9, "softplus": 1.1, "tanh": -0.2}
 STEPS = (1, 3, 10, 30, 100, 300, 1000, 2000)
@@ -321,6 +323,29 @@ def test_what_is_missing_is_said(tmp_path):
     assert "no claims.json" in html
     assert 'id="exp-activations"' in html
     assert "There are no figures of this experiment here." in html
+
+
+def test_kept_rows_make_a_whole_page_once_they_are_judged(tmp_path):
+    """As a clone holds them: packed rows, and neither verdicts nor figures nor a registry."""
+    from gammabeta.studies import _claims, _judge
+
+    kept, home = tmp_path / "results", tmp_path / "judged"
+    kept.mkdir()
+    home.mkdir()
+    for name in ("identities", "depth"):
+        shutil.copy(RESULTS / f"{name}.jsonl.gz", kept)
+    _runs.write_json(home / "claims.json", {"schema": 1, "claims": _claims.public()})
+    _judge.write_derived(home, _judge.judge([kept]))
+    before = sorted(kept.iterdir())
+    out = page.write([kept], tmp_path / "report.html", judged={kept: home})
+    html = without_scripts(out.read_text(encoding="utf-8"))
+    assert "<b>Missing.</b>" not in html
+    assert 'class="card" id="verdict-fold' in html
+    assert 'class="figure" id="fig-depth-' in html
+    assert f"of {len(_claims.claims())} judged here" in html
+    assert sorted(kept.iterdir()) == before
+    html = text_of([kept], out)
+    assert "has no verdicts.json: its runs have not been judged" in html
 
 
 def test_an_identity_without_interval_and_delta_is_shown_without_a_bar(tmp_path):

@@ -129,10 +129,13 @@ class Content:
         return [source for source, _ in sorted(found.items(), key=lambda item: -item[1])]
 
 
-def gather(paths: Sequence[Path], compare: bool = False) -> Content:
+def gather(
+    paths: Sequence[Path], compare: bool = False, judged: Mapping[Path, Path] | None = None
+) -> Content:
     """Read run folders and records of trainings and put together what the page says.
 
-    With `compare` the verdicts of exactly two run folders stand beside each other as well.
+    With `compare` the verdicts of exactly two run folders stand beside each other as well. What
+    was judged of a folder may lie elsewhere: `judged` says where.
 
     Raises RunError where a folder is not a run folder or a file is not what it has to be.
     """
@@ -145,7 +148,7 @@ def gather(paths: Sequence[Path], compare: bool = False) -> Content:
             "Name two: gammabeta report runs/a runs/b --compare."
         )
     if folders:
-        _gather_runs(page, folders, compare)
+        _gather_runs(page, folders, compare, judged or {})
     for place, path in enumerate(records):
         page.records.append(recording(path, _label(path), place))
         for figure in page.records[-1].figures:
@@ -154,17 +157,20 @@ def gather(paths: Sequence[Path], compare: bool = False) -> Content:
     return page
 
 
-def _gather_runs(page: Content, paths: Sequence[Path], compare: bool) -> None:
+def _gather_runs(
+    page: Content, paths: Sequence[Path], compare: bool, judged: Mapping[Path, Path]
+) -> None:
     cells = read_cells(paths)
     failed = read_failed(paths)
     protocols: dict[str, str] = {}
     each: list[tuple[str, list[Verdict]]] = []  # by run folder, before copies are left out
     for name, path in zip(_labels(paths), paths, strict=True):
         page.runs.append({"name": name, "command": shlex.quote(name)})
-        claims = read_claims(path)
+        home = judged.get(path, path)
+        claims = read_claims(path) or read_claims(home)
         _merge(page.claims, claims, ("id",))
-        derived = read_verdicts(path)
-        drawn = read_figures(path)
+        derived = read_verdicts(home)
+        drawn = read_figures(home)
         if derived is None:
             page.missing.append(
                 f"{name} has no verdicts.json: its runs have not been judged. "
@@ -173,13 +179,13 @@ def _gather_runs(page: Content, paths: Sequence[Path], compare: bool) -> None:
         else:
             new = [{**verdict, "run": name} for verdict in derived["verdicts"]]
             each.append((name, new))
-            page.expected += _expected(derived, path, name if len(paths) > 1 else "")
+            page.expected += _expected(derived, home, name if len(paths) > 1 else "")
             same = ("claim", "data", "budget", "status", "effect", "n")
             _merge(page.verdicts, new, same)
             page.told += [text for text in derived["surprises"] if text not in page.told]
             if derived["notice"] and derived["notice"] not in page.notices:
                 page.notices.append(derived["notice"])
-            protocols = {**_protocols(derived, path), **protocols}
+            protocols = {**_protocols(derived, home), **protocols}
         if drawn is None:
             page.missing.append(
                 f"{name} has no figures.json, so there are no plots of it. "

@@ -2,7 +2,7 @@
 
 import os
 import secrets
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
 from importlib.util import find_spec
 from pathlib import Path
@@ -26,7 +26,12 @@ _SCRIPTS = ("view.js", "stepper.js", "figures.js", "records.js", "claims.js", "p
 
 
 def write(
-    paths: Sequence[Path], out: Path, *, compare: bool = False, markdown: bool = False
+    paths: Sequence[Path],
+    out: Path,
+    *,
+    compare: bool = False,
+    markdown: bool = False,
+    judged: Mapping[Path, Path] | None = None,
 ) -> Path:
     """Write one self-contained HTML page about run folders and records, and return its path.
 
@@ -40,6 +45,8 @@ def write(
         out: the file to write; its folder is made where it is missing.
         compare: put the verdicts of two run folders beside each other as well.
         markdown: the words and verdicts as Markdown, without figures and rows.
+        judged: for run folders without verdicts.json, such as kept rows, a folder that holds what
+            was judged of them: verdicts.json, figures.json, claims.json. Nothing is judged here.
 
     Raises:
         RunError: a folder is not a run folder, or a file is not what it has to be.
@@ -71,7 +78,7 @@ def write(
             "Name a file with -o."
         )
     _check_apart(target, runs)
-    content = _content.gather(runs, compare)
+    content = _content.gather(runs, compare, judged)
     text = _markdown.text(content) if markdown else _render(content)
     # A lone surrogate, which JSON can hold, has no UTF-8; it is shown as "?".
     _replace(target, text.encode("utf-8", "replace"))
