@@ -9,7 +9,8 @@ import pytest
 
 import gammabeta
 from gammabeta import _runs
-from gammabeta.report import _content, page
+from gammabeta.report import _content, _rules, page
+from gammabeta.studies import _claims, _provenance
 from gammabeta.studies._experiments import VARIATIONS
 from tests.test_report import (
     HOSTILE,
@@ -98,6 +99,62 @@ def test_how_many_false_supported_are_to_be_expected_is_said(tmp_path):
         write_derived(run, [verdict("act-all")], [], multiplicity=bad)
         with pytest.raises(_runs.RunError, match=r"verdicts\.json: multiplicity: expected"):
             page.write([run], tmp_path / "report.html")
+
+
+def write_rules(run, **when):
+    """rules.json as it lies beside kept rows: for each claim whether, or when, it was changed."""
+    known = {entry["id"]: entry for entry in registry()}
+    rules = {
+        name: {
+            "digest": _rules.digest(known[name]), "commit": "c" * 40, "amended": changed == "late",
+            "changed": f"2026-01-0{2 if changed == 'early' else 4}", "rows_since": "2026-01-03",
+        }
+        for name, changed in when.items()
+    }  # fmt: skip
+    _runs.write_json(run / "rules.json", {"schema": 1, "rules": rules})
+    return rules
+
+
+def test_a_rule_that_was_amended_after_data_is_marked_wherever_its_claim_stands(tmp_path):
+    run = tmp_path / "run"
+    write_registry(run, registry()[:3])
+    write_derived(run, [verdict("act-all"), verdict("act-late")], [])
+    html = without_scripts(text_of([run], tmp_path / "r.html"))
+    assert "amended" not in html.replace(".amended", "")
+    assert "before its runs" not in html  # nothing is known of these rules
+    write_rules(run, **{"act-all": "late", "act-late": "early"})
+    html = without_scripts(text_of([run], tmp_path / "r.html"))
+    badge = '<span class="amended">rule amended after data</span>'
+    assert html.count(badge) == 3
+    assert badge in first_row(html)
+    for start in ('id="claim-act-all"', 'id="verdict-act-all"'):
+        assert badge in html[html.index(start) :][:1500], start
+    told = (
+        "1 of 2 rules were fixed before the first of their rows was made; 1 (all of headline "
+        "claims) was amended after data and is marked."
+    )
+    assert told in html
+    text = page.write([run], tmp_path / "r.md", markdown=True).read_text(encoding="utf-8")
+    assert told in text.replace("\\", "")
+    assert text.count("**rule amended after data**") == 2  # two tables
+
+
+def test_a_rule_that_changed_since_its_rows_were_accepted_is_amended(tmp_path):
+    rules = write_rules(tmp_path, **{"act-all": "early", "act-late": "early"})
+    claims = registry()[:3]
+    both = dict.fromkeys(rules, "fixed")
+    assert _rules.read_rules(tmp_path, claims) == both
+    claims[0]["thresholds"] = {"delta": 0.3}
+    assert _rules.read_rules(tmp_path, claims) == {**both, "act-all": "amended"}
+    for bad in ([], {"act-all": 1}, {"act-all": {**rules["act-all"], "amended": "no"}}):
+        _runs.write_json(tmp_path / "rules.json", {"schema": 1, "rules": bad})
+        with pytest.raises(_runs.RunError, match=r"rules\.json: rules: expected"):
+            _rules.read_rules(tmp_path, claims)
+
+
+def test_the_page_knows_rules_by_the_digest_of_the_studies():
+    for entry in _claims.claims().values():
+        assert _rules.digest(entry._asdict()) == _provenance.digest(entry)
 
 
 def test_sources_are_told_by_their_names_alone(tmp_path):

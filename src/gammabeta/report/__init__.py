@@ -1,8 +1,9 @@
 """Run folders and records in, one self-contained HTML page out; reads files only, runs nothing.
 
 Rooms: `page.py` is the door; `_content.py` gathers what the page says of run folders, without any
-HTML, `_compare.py` of two of them side by side, `_stepped.py` makes figures with a slider from
-rows, `_records.py` is about recorded trainings; `_markdown.py` writes the words as Markdown.
+HTML, `_rules.py` when their rules were fixed, `_compare.py` two of them side by side; `_stepped.py`
+makes figures with a slider from rows, `_records.py` is about recorded trainings; `_markdown.py`
+writes the words as Markdown.
 `_marks.py` draws the small marks that stand in tables; `_embed.py` puts scripts and data into the
 page safely; `template.html.j2`, `records.html.j2` and `style.css` are the page itself. Its scripts:
 `theme.js` before anything is painted, `view.js` keeps what is set in the address, `stepper.js` is

@@ -27,6 +27,7 @@ from gammabeta._runs import (
 from gammabeta.report._compare import Comparison, compared
 from gammabeta.report._marks import CERTAINTY, Scale, is_number, number
 from gammabeta.report._records import Recording, recording
+from gammabeta.report._rules import AMENDED, read_rules, told
 from gammabeta.report._stepped import stepped
 
 Claim = dict[str, Any]
@@ -79,6 +80,7 @@ class Content:
     expected: list[str] = field(default_factory=list)
     comparison: Comparison | None = None
     notices: list[str] = field(default_factory=list)
+    rules: dict[str, str] = field(default_factory=dict)  # claim -> fixed or amended, if known
     missing: list[str] = field(default_factory=list)
     facts: list[tuple[str, str]] = field(default_factory=list)
     figures: list[dict[str, Any]] = field(default_factory=list)
@@ -116,6 +118,15 @@ class Content:
                 short = rest.removesuffix(verdict["sentence"]).strip()
                 lines.append((verdict, short[:1].upper() + short[1:]))
         return lines[:_MOST_SURPRISES]
+
+    @property
+    def opening(self) -> str:
+        """What a reader is to know first, with what is known of the rules."""
+        return (
+            "What is said about batch normalization, put to the test: each claim an experiment "
+            "with a rule, judged twice, as its source did it (as published) and with the "
+            "comparison made fair (fair). " + told(self.claims)
+        ).strip()
 
     @property
     def waiting(self) -> list[Claim]:
@@ -169,6 +180,8 @@ def _gather_runs(
         home = judged.get(path, path)
         claims = read_claims(path) or read_claims(home)
         _merge(page.claims, claims, ("id",))
+        for claim, when in read_rules(path, claims).items():
+            page.rules[claim] = AMENDED if page.rules.get(claim) == AMENDED else when
         derived = read_verdicts(home)
         drawn = read_figures(home)
         if derived is None:
@@ -272,6 +285,9 @@ def _expected(derived: Mapping[str, Any], path: Path, run: str) -> list[str]:
 def _complete(page: Content, verdicts: Sequence[Verdict]) -> None:
     """Tie verdicts to their claims, order both, and find the scale of the bars."""
     known = {claim["id"]: claim for claim in page.claims}
+    for claim in page.claims:
+        claim["when"] = page.rules.get(claim["id"], "")
+        claim["amended"] = claim["when"] == AMENDED
     place = {claim: number for number, claim in enumerate(known)}
     judged: dict[str, list[Verdict]] = {}
     for verdict in verdicts:
@@ -393,6 +409,7 @@ def _unknown(verdict: Verdict) -> Claim:
     same = {"id": verdict["claim"], "title": verdict["claim"], "question": verdict["claim"]}
     more = {"reported": verdict["reported"], "origin": "beyond", "kind": "statistical"}
     rest = {"experiment": verdict["experiment"], "headline": False, "thresholds": {}}
+    rest |= {"when": "", "amended": False}
     if verdict["status"] in ("exact", "fails"):
         more["kind"] = "exact"
     return {**texts, **same, **more, **rest}

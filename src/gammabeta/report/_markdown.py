@@ -12,7 +12,8 @@ _SIGNS = re.compile(r"([\\`*_<>|\[\]#&~])")
 def text(page: Content) -> str:
     """The whole document, ending in a line break."""
     title = "Batch normalization, claim by claim" if page.runs else "What a training showed"
-    lines = [f"# {title}", *(_plain(notice) for notice in page.notices)]
+    lines = [f"# {title}", *([_plain(page.opening)] if page.runs else [])]
+    lines += [_plain(notice) for notice in page.notices]
     lines += [f"**Missing.** {_plain(missing)}" for missing in page.missing]
     if page.comparison:
         lines += ["## Two runs beside each other", _compared(page)]
@@ -51,7 +52,8 @@ def _table(verdicts: list[dict[str, Any]]) -> str:
         if verdict["lo"] is not None and verdict["hi"] is not None:
             ends = f"{number(verdict['lo'], sign=True)} to {number(verdict['hi'], sign=True)}"
         columns = (
-            f"{_plain(verdict['text']['question'])} (`{verdict['claim']}`)",
+            f"{_plain(verdict['text']['question'])} (`{verdict['claim']}`)"
+            + " **rule amended after data**" * verdict["text"]["amended"],
             _both(verdict)[0],
             _both(verdict)[1],
             f"{number(verdict['effect'], sign=True)} {_plain(verdict['unit'])}".strip(),
