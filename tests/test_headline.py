@@ -378,8 +378,9 @@ def test_certainty_is_what_variations_leave_of_a_verdict(status, elsewhere, lett
     if held is None:
         assert found.variations == ""
     else:
-        absent = "" if len(by) == 4 else " (not run: twice the width, 14 x 14, turned, noisy)"
-        start = f"Holds in {held} of {len(by)} variations{absent}: fresh seeds "
+        names = "twice the width; 14 x 14, turned, noisy"
+        absent = "" if len(by) == 4 else f" (2 of 4 not run: {names})"
+        start = f"Holds in {held} of {len(by)} variations tried{absent}: fresh seeds "
         assert found.variations.startswith(start)
 
 
@@ -435,7 +436,7 @@ def test_the_page_tells_what_holds():
     assert (
         "The same verdict as the accepted rows: fresh seeds 1 of 1; half the width 0 of 1" in text
     )
-    assert "- Certainty: B. Holds in 3 of 4 variations: fresh seeds supported, half" in text
+    assert "- Certainty: B. Holds in 3 of 4 variations tried: fresh seeds supported; half" in text
 
 
 def test_batch_size_names_its_arms_as_the_rates_do():
@@ -461,6 +462,7 @@ def test_accepted_rows_taken_for_a_variation_give_the_accepted_verdict_again(tmp
     assert again.ci == pytest.approx(accepted.ci, rel=1e-4)
     assert accepted.certainty == "C"
     status = f"fresh seeds {accepted.status}."
-    assert accepted.variations.startswith("Holds in 1 of 1 variations (not run: half the width, ")
+    start = "Holds in 1 of 1 variations tried (3 of 4 not run: half the width; "
+    assert accepted.variations.startswith(start)
     assert accepted.variations.endswith(f": {status}")
     assert (more.claim, more.certainty, more.variations) == ("act-sigmoid-most", "C", "")

@@ -238,7 +238,7 @@ def test_the_first_screen_holds_both_verdicts_effect_interval_n_and_place(whole,
     )
     assert "on MNIST, MLP 100-100 · budget small" in row
     assert ">5</td>" in row
-    assert re.search(r'grade g-c">C</b> this setting only', row)
+    assert re.search(r'grade g-c">C</b> · no variation tried', row)
     assert html.index("did not survive a fair learning rate") < html.index(row)
 
 

@@ -10,8 +10,9 @@ import pytest
 import gammabeta
 from gammabeta import _runs
 from gammabeta.report import _content, _rules, page
-from gammabeta.studies import _claims, _provenance
+from gammabeta.studies import _claims, _holds, _provenance
 from gammabeta.studies._experiments import VARIATIONS
+from gammabeta.studies._verdict import Verdict
 from tests.test_report import (
     HOSTILE,
     claim,
@@ -57,14 +58,14 @@ def test_an_exact_claim_is_judged_as_worded_and_as_rightly_stated(tmp_path):
     [
         ("exact", {}, ("A", "an identity or a proof")),
         ("fails", {"certainty": "B"}, ("A", "an identity or a proof")),
-        ("supported", {}, ("C", "this setting only")),
+        ("supported", {}, ("C", "no variation tried")),
         ("refuted", {"certainty": "B"}, ("B", "holds in at least 3 of 4 variations")),
         (
             "mixed",
-            {"certainty": "C", "variations": "Holds in 2 of 4: a, b."},
-            ("C", "Holds in 2 of 4"),
+            {"certainty": "C", "variations": "Holds in 0 of 1 variations tried: a refuted."},
+            ("C", "holds in 0 of 1 tried"),
         ),
-        ("refuted", {"certainty": HOSTILE, "variations": 7}, ("C", "this setting only")),
+        ("refuted", {"certainty": HOSTILE, "variations": 7}, ("C", "no variation tried")),
         ("inconclusive", {"certainty": "B"}, ("D", "undecided")),
         ("demo", {}, ("D", "undecided")),
     ],
@@ -73,6 +74,30 @@ def test_certainty_is_a_letter_with_its_words(status, fields, told, tmp_path):
     write_derived(tmp_path, [verdict("act-all", status=status, **fields)], [])
     write_registry(tmp_path, registry()[:1])
     assert _content.gather([tmp_path]).verdicts[0]["certainty"] == told
+
+
+def test_variations_stand_one_by_one_in_the_head_of_a_claim(tmp_path):
+    """The sentence that the studies make is the one that the page takes apart."""
+    run = tmp_path / "run"
+    write_registry(run, registry()[:2])
+    by = {"fresh-seeds": "refuted", "width-half": "inconclusive", "images-small": "refuted"}
+    given = verdict("act-all") | {"cells": [], "ci": None}
+    (judged,) = _holds.certain([Verdict(**given)], {"act-all": by})
+    entry = verdict("act-all", certainty=judged.certainty, variations=judged.variations)
+    free = verdict("act-sigmoid-most", variations="In a few: others, not.")
+    write_derived(run, [entry, free], [])
+    html = without_scripts(text_of([run], tmp_path / "r.html"))
+    assert 'grade g-c">C</b> · holds in 2 of 3 tried (1 of 4 not run)</span>' in first_row(html)
+    card = html[html.index('id="verdict-act-all"') :]
+    items = re.findall(r"<li[^>]*><b aria-hidden.*?</li>", card, re.S)
+    assert [re.sub("<.*?>", "", item) for item in items] == [
+        "✓ fresh seeds: refuted, the same",
+        "✗ half the width: inconclusive, not the same",
+        "✓ 14×14, turned, noisy: refuted, the same",
+        "– twice the width: not run",
+    ]
+    assert judged.variations not in html
+    assert "<p>In a few: others, not.</p>" in html
 
 
 def test_without_a_delta_there_is_an_effect_and_no_bar(tmp_path):
@@ -314,7 +339,7 @@ def test_markdown_has_the_tables_the_answers_and_the_commands(tmp_path):
     row = next(line for line in told.splitlines() if line.startswith("| Does batch"))
     columns = [column.strip() for column in row.strip("|").split("|")]
     assert columns[1:7] == ["refuted", "refuted", "−0.2 points", "−0.55 to +0.15", "0.5", "5"]
-    assert columns[7:] == ["C (this setting only)", "MNIST, MLP 100-100 · budget small"]
+    assert columns[7:] == ["C (no variation tried)", "MNIST, MLP 100-100 · budget small"]
     for text in (
         "Not for tanh",
         "- Does batch normalization help whatever the activation? Refuted. Not so.",

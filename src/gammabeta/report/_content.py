@@ -11,7 +11,7 @@ from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import gammabeta
 from gammabeta._runs import (
@@ -25,7 +25,7 @@ from gammabeta._runs import (
     read_verdicts,
 )
 from gammabeta.report._compare import Comparison, compared
-from gammabeta.report._marks import CERTAINTY, Scale, is_number, number
+from gammabeta.report._marks import STATUSES, Scale, is_number, number
 from gammabeta.report._records import Recording, recording
 from gammabeta.report._rules import AMENDED, read_rules, told
 from gammabeta.report._stepped import stepped
@@ -45,6 +45,24 @@ PLACES = {"mnist": "MNIST", "digits": "the bundled digits"}
 _PART = re.compile(
     r",\s+(?:Sections?|Claims?|Figs?\.|part|conclusion|code|equation|Algorithm|citing)\b"
 )
+
+_HELD = re.compile(
+    r"Holds in (\d+) of (\d+) variations tried(?: \((\d+) of (\d+) not run: ([^()]+)\))?: (.+)\."
+)
+_TIMES = re.compile(r"(?<=\d) x (?=\d)")
+_UNTOLD = {  # letter -> what stands behind it where no variations are told
+    "A": "an identity or a proof",
+    "B": "holds in at least 3 of 4 variations",
+    "C": "no variation tried",
+    "D": "undecided",
+}
+
+
+class Held(NamedTuple):
+    """In which variations a verdict holds: in short, and one by one (None: not run)."""
+
+    words: str
+    each: list[tuple[bool | None, str, str]]
 
 
 @dataclass(frozen=True)
@@ -299,8 +317,10 @@ def _complete(page: Content, verdicts: Sequence[Verdict]) -> None:
         verdict["exact"] = claim["kind"] == "exact"
         verdict["place"] = _place(verdict)
         verdict["where"] = f"{verdict['place']} · budget {verdict['budget']}"
-        verdict["certainty"] = _certainty(verdict)
         verdict["variations"] = _varied(verdict)
+        held = _held_in(verdict["variations"], verdict["status"])
+        verdict["certainty"] = _certainty(verdict, held)
+        verdict["held"] = held.each if held else []
         verdict["ratio"] = _ratio(verdict, verdict["effect"])
         deciding = [cell for cells in verdict["parts"].values() for cell in cells]
         verdict["scale"] = Scale(_ratios(verdict, [c for c in deciding if c["reason"] != "shown"]))
@@ -356,19 +376,40 @@ def _place(verdict: Verdict) -> str:
     return PLACES.get(data, data)
 
 
-def _certainty(verdict: Verdict) -> tuple[str, str]:
-    """How sure a reader may be: a letter, and what is known of variations of the setting."""
-    told, held = verdict.get("certainty"), _varied(verdict).split(":")[0]
+def _certainty(verdict: Verdict, held: Held | None) -> tuple[str, str]:
+    """How sure a reader may be: a letter, and what stands behind it."""
+    told = verdict.get("certainty")
     letter = {"exact": "A", "fails": "A", "inconclusive": "D", "demo": "D"}.get(verdict["status"])
     if letter is None:
         letter = told if told in ("B", "C") else "C"
-    return letter, held if held and letter in "BC" else CERTAINTY[letter]
+    return letter, held.words if held and letter in "BC" else _UNTOLD[letter]
 
 
 def _varied(verdict: Verdict) -> str:
     """In which variations of its setting the verdict holds, if that was tried."""
     told = verdict.get("variations")
     return told if isinstance(told, str) else ""
+
+
+def _held_in(text: str, status: str) -> Held | None:
+    """The variations one by one, from the sentence about them; None if it is not of that form.
+
+    >>> _held_in("Holds in 1 of 1 variations tried: 2 x 2, turned refuted.", "refuted")
+    Held(words='holds in 1 of 1 tried', each=[(True, '2×2, turned', 'refuted')])
+    """
+    found = _HELD.fullmatch(text)
+    if found is None:
+        return None
+    held, tried, absent, of, names, each = found.groups()
+    words = f"holds in {held} of {tried} tried" + (f" ({absent} of {of} not run)" if of else "")
+    items: list[tuple[bool | None, str, str]] = []
+    for item in each.split("; "):
+        name, _, other = item.rpartition(" ")
+        if other not in STATUSES:
+            return None
+        items.append((other == status, name, STATUSES[other][0]))
+    items += [(None, name, "not run") for name in (names.split("; ") if names else ())]
+    return Held(words, [(fits, _TIMES.sub("×", name), word) for fits, name, word in items])
 
 
 def _sources(text: str) -> list[str]:

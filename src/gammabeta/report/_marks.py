@@ -24,9 +24,10 @@ STATUSES = {
 
 # letter -> how sure a reader may be
 CERTAINTY = {
-    "A": "an identity or a proof",
-    "B": "holds in at least 3 of 4 variations",
-    "C": "this setting only",
+    "A": "exact, by a proof or a counterexample",
+    "B": "the same verdict in at least three of four variations: fresh seeds, half the width, "
+    "twice the width, harder images",
+    "C": "not the same in three of the four variations, or none of them was tried",
     "D": "undecided",
 }
 
@@ -85,7 +86,7 @@ def status_mark(status: str | None) -> Markup:
 def certainty_mark(certainty: tuple[str, str]) -> Markup:
     """The letter and its words."""
     letter, words = certainty
-    return Markup('<span class="certainty"><b class="grade g-{}">{}</b> {}</span>').format(
+    return Markup('<span class="certainty"><b class="grade g-{}">{}</b> · {}</span>').format(
         letter.lower(), letter, words
     )
 

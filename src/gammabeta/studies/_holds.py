@@ -7,7 +7,7 @@ variations, which have fewer seeds, try each claim alone.
 
 A  exact: an identity, or a counterexample to one
 B  the same verdict in at least three of the four variations
-C  this setting alone
+C  not in three of the four variations, or none was tried
 D  undecided
 """
 
@@ -40,12 +40,12 @@ def _certain(verdict: Verdict, by_variation: Mapping[str, str]) -> Verdict:
     if letter is not None or not by_variation:
         return dataclasses.replace(verdict, certainty=letter or "C")
     held = holding(verdict.status, by_variation)
-    told = ", ".join(f"{TITLES[name]} {status}" for name, status in by_variation.items())
+    told = "; ".join(f"{TITLES[name]} {status}" for name, status in by_variation.items())
     return dataclasses.replace(
         verdict,
         certainty="B" if held >= NEEDED else "C",
-        variations=f"Holds in {held} of {len(by_variation)} variations{missing(by_variation)}: "
-        f"{told}.",
+        variations=f"Holds in {held} of {len(by_variation)} variations tried"
+        f"{missing(by_variation)}: {told}.",
     )
 
 
@@ -61,4 +61,4 @@ def holding(status: str, by_variation: Mapping[str, str]) -> int:
 def missing(by_variation: Mapping[str, str]) -> str:
     """Which variations have no rows yet, in words."""
     absent = [TITLES[name] for name in VARIATIONS if name not in by_variation]
-    return f" (not run: {', '.join(absent)})" if absent else ""
+    return f" ({len(absent)} of {len(VARIATIONS)} not run: {'; '.join(absent)})" if absent else ""
