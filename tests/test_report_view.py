@@ -81,6 +81,10 @@ def test_claims_are_filtered_by_source_and_ordered_by_effect(tab):
     source.select_option("Kathuria, an article")
     assert listed(tab) == ["act-sigmoid-most", "act-late"]
     source.select_option("")
+    differ = tab.get_by_label("Both verdicts")
+    differ.select_option("yes")
+    assert listed(tab) == ["act-all"]
+    differ.select_option("")
     tab.get_by_label("Order").select_option("")
     assert listed(tab, 3) == ["act-all", "act-sigmoid-most", "act-late"]
 

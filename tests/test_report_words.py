@@ -10,7 +10,7 @@ import pytest
 import gammabeta
 from gammabeta import _runs
 from gammabeta.report import _content, _rules, page
-from gammabeta.studies import _claims, _holds, _provenance
+from gammabeta.studies import _claims, _holds, _judge, _provenance
 from gammabeta.studies._experiments import VARIATIONS
 from gammabeta.studies._verdict import Verdict
 from tests.test_report import (
@@ -50,7 +50,7 @@ def test_an_exact_claim_is_judged_as_worded_and_as_rightly_stated(tmp_path):
     card = html[html.index('id="verdict-fold"') :]
     assert "As rightly stated" in card
     assert "Matters from" not in card
-    assert "Done fairly" not in card
+    assert "<dt>Fair</dt>" not in card
 
 
 @pytest.mark.parametrize(
@@ -211,37 +211,40 @@ def test_an_experiment_names_its_code_and_a_line_to_cite(tmp_path):
     assert "studies/of_a_stranger" not in text_of([run], tmp_path / "report.html")
 
 
-def test_what_the_fair_test_overturned_or_reversed_surprises_and_no_other_sign(tmp_path):
-    names = ("headline", "turned", "back", "reversed", "batch", "same", "demo")
-    claims = [claim(name, headline=name == "headline") for name in names]
-    write_registry(tmp_path, claims)
-
-    def part(name, status, reason):
-        return {"name": name, "part": "fair", "status": status, "reason": reason, "effect": -1.0}
-
-    negative = {"effect": -70.0, "ci": [-73.0, -68.0]}
-    other = part("a", "refuted", "reversed")
+def test_the_page_calls_surprising_what_the_studies_do(tmp_path):
+    names = [entry["id"] for entry in registry()[:3]]
     entries = [
-        verdict("batch", status="supported", cells=[part("change", "supported", "")], **negative),
-        verdict("same", status="refuted", published_status="refuted", **negative),  # no direction
-        verdict("demo", status="demo", published_status="demo", cells=[other]),
-        verdict("reversed", published_status="inconclusive", cells=[other]),
-        verdict("back", status="supported", published_status="refuted"),
-        verdict("turned", published_status="supported"),
-        verdict("headline", published_status="refuted", cells=[part("b", "supported", ""), other]),
+        verdict("act-all", published_status="refuted"),
+        verdict("act-late", status="supported", published_status="refuted", ci=[0.1, 0.3]),
+        verdict("act-sigmoid-most", effect=-1.0, ci=[-1.2, -0.8], published_status=None),
+    ]
+    told = _judge.surprises([Verdict(**entry) for entry in entries])
+    write_registry(tmp_path, registry())
+    write_derived(tmp_path, entries, [], surprises=told)
+    found = _content.gather([tmp_path]).surprises
+    assert {entry["claim"] for entry, _ in found} == set(names)
+    assert [entry["claim"] for entry, _ in found] == [text.split(":")[0] for text in told]
+    assert [text for _, text in found] == [
+        "Refuted as published, supported in the fair setting.",
+        "The effect points the other way.",
+        "Refuted.",
     ]
     write_derived(tmp_path, entries, [])
-    page = _content.gather([tmp_path])  # by the registry's order, headline claims first
-    found = [(entry["claim"], text) for entry, text in page.surprises]
-    assert found == [
-        ("turned", "Supported as they did it, refuted done fairly."),
-        ("back", "Refuted as they did it, supported done fairly."),
-        ("headline", "Refuted: the effect points the other way (a)."),
-    ]
-    page.verdicts = [
-        entry for entry in page.verdicts if entry["claim"] in ("batch", "same", "demo")
-    ]
-    assert page.surprises == []
+    assert _content.gather([tmp_path]).surprises == []
+
+
+def test_all_claims_are_listed_with_both_verdicts(tmp_path):
+    run = tmp_path / "run"
+    write_registry(run, registry()[:3])
+    same = verdict("act-late", published_status="refuted")
+    write_derived(run, [verdict("act-all"), same], [])
+    html = without_scripts(text_of([run], tmp_path / "r.html"))
+    items = dict(re.findall(r'<li id="claim-([\w-]+)"(.*?)</summary>', html, re.S))
+    marks = {name: re.findall('class="status s-([a-z]+)', item) for name, item in items.items()}
+    assert marks["act-all"] == ["supported", "refuted"]
+    assert marks["act-late"] == ["refuted", "refuted"]
+    assert marks["act-sigmoid-most"] == ["none"]
+    assert [name for name, item in items.items() if "data-differ" in item] == ["act-all"]
 
 
 def test_surprises_lead_to_their_claims_and_stay_short(tmp_path):

@@ -680,6 +680,14 @@ def test_surprises_are_the_three_strongest_one_for_each_claim():
     ]
 
 
+def test_a_verdict_that_the_fair_test_reverses_surprises_most():
+    signs = [verdict_of(f"sign{n}", "refuted", None, (-0.9, -0.1)) for n in range(3)]
+    turned = verdict_of("turned", "supported", "refuted", (0.1, 0.9))
+    mixed = verdict_of("mixed", "supported", "mixed", (0.1, 0.9))
+    told = [text.split(":")[0] for text in _judge.surprises([mixed, *signs, turned])]
+    assert told == ["turned", "sign0", "sign1"]
+
+
 def test_of_equal_surprises_those_of_headline_claims_come_first():
     pair = [verdict_of(c, "refuted", "refuted", (-0.9, -0.1)) for c in ("brn-small", "act-all")]
     assert [text.split(":")[0] for text in _judge.surprises(pair)] == ["act-all", "brn-small"]

@@ -116,26 +116,17 @@ class Content:
 
     @property
     def surprises(self) -> list[tuple[Verdict | None, str]]:
-        """Up to three claims that the fair test overturned or reversed, headline claims first.
-
-        Where they are fewer, what the run folders themselves tell.
-        """
-        found = sorted(
-            ((rank, not v["text"]["headline"], v, text)
-             for v in self.verdicts for rank, text in _turned(v)),
-            key=lambda item: item[:2],
-        )  # fmt: skip
-        lines: list[tuple[Verdict | None, str]] = [(verdict, text) for *_, verdict, text in found]
-        seen = {verdict["claim"] for verdict, _ in lines if verdict}
-        for text in self.told:
+        """Up to three of what the run folders themselves call surprising, each with its verdict."""
+        lines: list[tuple[Verdict | None, str]] = []
+        for text in self.told[:_MOST_SURPRISES]:
             name, _, rest = text.partition(": ")
             verdict = next((v for v in self.verdicts if v["claim"] == name), None)
             if verdict is None:
                 lines.append((None, text))
-            elif name not in seen:
+            else:
                 short = rest.removesuffix(verdict["sentence"]).strip()
                 lines.append((verdict, short[:1].upper() + short[1:]))
-        return lines[:_MOST_SURPRISES]
+        return lines
 
     @property
     def opening(self) -> str:
@@ -333,28 +324,13 @@ def _complete(page: Content, verdicts: Sequence[Verdict]) -> None:
     for claim in page.claims:
         claim["judged"] = judged.get(claim["id"], [])
         claim["statuses"] = list(dict.fromkeys(verdict["status"] for verdict in claim["judged"]))
+        claim["published"] = list(dict.fromkeys(v["published_status"] for v in claim["judged"]))
+        claim["differ"] = any(
+            v["published_status"] not in (None, v["status"]) for v in claim["judged"]
+        )
         claim["sources"] = _sources(claim["source"])
         claim["ratio"] = next((v["ratio"] for v in claim["judged"] if v["ratio"] is not None), None)
     page.scale = Scale([ratio for verdict in page.first for ratio in _ratios(verdict)])
-
-
-def _turned(verdict: Verdict) -> list[tuple[int, str]]:
-    """Whether the fair test overturned a claim, or found the opposite; the former goes first."""
-    published, status = str(verdict["published_status"]), verdict["status"]
-    if {published, status} == {"supported", "refuted"}:
-        return [(0, f"{published.capitalize()} as they did it, {status} done fairly.")]
-    own = [
-        cell
-        for part, cells in verdict["parts"].items()
-        for cell in cells
-        if part.startswith(_DECIDING)
-    ]
-    turned = [str(c["name"]) for c in own if (c["status"], c["reason"]) == ("refuted", "reversed")]
-    if status != "refuted" or not turned:
-        return []
-    where = ", ".join(turned[:2]) + (f" and {len(turned) - 2} more" if len(turned) > 2 else "")
-    told = f" ({where})" if len(own) > 1 else ""
-    return [(1, f"Refuted: the effect points the other way{told}.")]
 
 
 def _at(verdict: Verdict) -> str:

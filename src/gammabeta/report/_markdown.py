@@ -42,10 +42,7 @@ def text(page: Content) -> str:
 def _table(verdicts: list[dict[str, Any]]) -> str:
     if not verdicts:
         return "No claim has been judged."
-    head = (
-        "| question | as they did it | done fairly | effect | 95 % interval | δ | n | certainty "
-        "| place |"
-    )
+    head = "| question | as published | fair | effect | 95 % interval | δ | n | certainty | place |"
     lines = [head, "|---" * 9 + "|"]
     for verdict in verdicts:
         ends = "–"

@@ -304,10 +304,11 @@ def sign_flipped(
 def surprises(verdicts: "Sequence[Verdict]") -> list[str]:
     """Up to three sentences about what a reader would not have expected, the strongest first.
 
-    An effect whose interval lies on the other side of zero; a verdict that turns when the
-    comparison is made fair; a claim that is refuted; an effect on the other side of zero whose
-    interval includes it; of equals the headline claims. The sign counts only where a claim says
-    which it should be and does not hold. One sentence for each claim.
+    A verdict that is the opposite once the comparison is made fair, above all with an effect on the
+    other side of zero; an effect whose interval lies there; a verdict that turns otherwise; a claim
+    that is refuted; an effect on the other side of zero whose interval includes it; of equals the
+    headline claims. The sign counts only where a claim says which it should be and does not hold.
+    One sentence for each claim.
     """
     from gammabeta.studies._claims import claims
 
@@ -316,16 +317,18 @@ def surprises(verdicts: "Sequence[Verdict]") -> list[str]:
     for verdict in sorted(verdicts, key=lambda verdict: verdict.claim not in headline):
         sentence = verdict.sentence
         signed = verdict.status not in ("supported", "exact") and _directed(verdict.claim)
+        opposite = {verdict.published_status, verdict.status} == {"supported", "refuted"}
         if signed and verdict.ci is not None and verdict.ci[1] < 0:
-            found.append((0, f"{verdict.claim}: the effect points the other way. {sentence}"))
+            rank = 0 if opposite else 2
+            found.append((rank, f"{verdict.claim}: the effect points the other way. {sentence}"))
         elif verdict.published_status not in (None, verdict.status):
             turn = f"{verdict.published_status} as published, {verdict.status} in the fair setting"
-            found.append((1, f"{verdict.claim}: {turn}. {sentence}"))
+            found.append((1 if opposite else 3, f"{verdict.claim}: {turn}. {sentence}"))
         elif verdict.status in ("refuted", "fails"):
-            found.append((2, f"{verdict.claim}: {verdict.status}. {sentence}"))
+            found.append((4, f"{verdict.claim}: {verdict.status}. {sentence}"))
         elif signed and verdict.effect is not None and verdict.effect < 0:
             weak = "the effect points the other way, though its interval includes zero"
-            found.append((3, f"{verdict.claim}: {weak}. {sentence}"))
+            found.append((5, f"{verdict.claim}: {weak}. {sentence}"))
     found.sort(key=lambda item: item[0])
     return [sentence for _, sentence in found[:_MOST_SURPRISES]]
 
