@@ -95,7 +95,7 @@ def test_every_training_in_brief_is_one_of_the_accepted_ones(name):
     accepted = [
         c.spec
         for c in _runs.read_packed(RESULTS / f"{name}.jsonl.gz")
-        if c.spec["budget"] == "small"
+        if c.spec["budget"] in ("small", "full")
     ]
     assert accepted
     for arm in seeds_of(wanted(name, BRIEF)):
@@ -430,7 +430,7 @@ def test_the_page_tells_what_holds():
     varied = {"act-all": by}
     verdicts = _holds.certain([verdict_of("act-all", "supported")], varied)
     judged = _judge.Judged(verdicts, [], [], None, {}, None, varied)
-    text = _page.write([], {"small": judged}, {})
+    text = _page.write([], judged, {})
     row = "| act-all | supported | supported | refuted | supported | supported | 3 of 4 | B |"
     assert row in text
     assert (
@@ -451,7 +451,7 @@ def test_accepted_rows_taken_for_a_variation_give_the_accepted_verdict_again(tmp
     cells = [
         cell._replace(spec=spec, rows=_kept._lean(cell.rows))
         for cell in _runs.read_packed(RESULTS / f"{name}.jsonl.gz")
-        if cell.spec["budget"] == "small" and _headline.needed(name, cell.spec["arm"])
+        if cell.spec["budget"] == "full" and _headline.needed(name, cell.spec["arm"])
         for spec in [{**cell.spec, "seed": cell.spec["seed"] + 100, "budget": "fresh-seeds"}]
     ]
     _runs.write_packed(tmp_path / "robustness", name, _runs.pack(cells, "0.1.0"))

@@ -21,7 +21,7 @@ from gammabeta.studies._experiments import (
     choose,
     experiments,
 )
-from gammabeta.studies._judge import Judged, judge, select
+from gammabeta.studies._judge import judge, select
 from gammabeta.studies._status import status
 from gammabeta.studies._verdict import Verdict
 
@@ -221,14 +221,7 @@ def page(folder: Path, catalogue: Mapping[str, Experiment] | None = None, data: 
     from gammabeta.studies import _page
 
     cells = [cell for cell in _runs.read_cells([folder]) if cell.spec["data"]["name"] == data]
-    here = {cell.spec["budget"] for cell in cells}
-    judged: dict[str, Judged] = {}
-    for budget in ("small", "full"):
-        if budget in here:
-            # Without the notes on other code: the page is of these rows, whatever came after them.
-            judged[budget] = judge(
-                [folder], budget=budget, data=data, notes=False, catalogue=catalogue
-            )
-    ids = [v.claim for found in judged.values() for v in found.verdicts]
-    rules = _provenance.record(folder, dict.fromkeys(ids))
-    return _page.write(cells, judged, rules)
+    # Without the notes on other code: the page is of these rows, whatever came after them.
+    found = judge([folder], data=data, notes=False, catalogue=catalogue)
+    rules = _provenance.record(folder, dict.fromkeys(v.claim for v in found.verdicts))
+    return _page.write(cells, found, rules)

@@ -19,7 +19,8 @@ does so and compares. Do not edit it.
 
     gammabeta study judge results -o docs/verdicts.md
 
-A verdict holds for its place: MNIST, the network and the budget that its sentence names. *As
+A verdict holds for its place: MNIST, the network and the budget that its answer names (`small`; or
+`full`, the source's own numbers of steps in what is published, the fair part as at `small`). *As
 published* is the source's own setting and way of evaluation, *fair* gives each network its own best
 learning rate; they may differ, and that is the finding. *Half-width* is half the 95 % interval:
 planned from a pilot, then reached. *Rule* is the commit in which the claim's rule last changed;
@@ -54,25 +55,20 @@ DISPUTES = (
 )
 
 
-def write(
-    cells: Sequence[StoredCell], judged: Mapping[str, Judged], rules: Mapping[str, Rule]
-) -> str:
-    """The whole page: one part for each budget."""
-    parts = [_HEAD]
-    for budget, found in judged.items():
-        parts.append(f"## Budget {budget}\n")
-        parts.append(_table(found.verdicts, rules))
-        if found.multiplicity is not None:
-            parts.append(_multiplicity(found.multiplicity))
-        if found.varied:
-            parts.append(_variations(found))
-        if disputed := _disputes(found.verdicts):
-            parts.append(disputed)
-        if found.surprises:
-            parts.append("### What surprised\n")
-            parts.append("\n".join(f"- {_plain(text)}" for text in found.surprises) + "\n")
-        parts.append("### The answers\n")
-        parts += [_answer(verdict, rules.get(verdict.claim)) for verdict in found.verdicts]
+def write(cells: Sequence[StoredCell], found: Judged, rules: Mapping[str, Rule]) -> str:
+    """The whole page; of an experiment the verdicts of its largest budget."""
+    parts = [_HEAD, _table(found.verdicts, rules)]
+    if found.multiplicity is not None:
+        parts.append(_multiplicity(found.multiplicity))
+    if found.varied:
+        parts.append(_variations(found))
+    if disputed := _disputes(found.verdicts):
+        parts.append(disputed)
+    if found.surprises:
+        parts.append("## What surprised\n")
+        parts.append("\n".join(f"- {_plain(text)}" for text in found.surprises) + "\n")
+    parts.append("## The answers\n")
+    parts += [_answer(verdict, rules.get(verdict.claim)) for verdict in found.verdicts]
     parts.append(_made_by(cells))
     return "\n".join(parts)
 
@@ -111,7 +107,7 @@ def _variations(found: Judged) -> str:
     known = claims()
     own = {v.claim: v for v in found.verdicts if v.claim in known and known[v.claim].headline}
     names = [name for name in VARIATIONS if any(name in by for by in found.varied.values())]
-    lines = ["### Do the headline verdicts hold?\n", _HOLDS]
+    lines = ["## Do the headline verdicts hold?\n", _HOLDS]
     heads = ("claim", "accepted", *(TITLES[name] for name in names), "holds in", "certainty")
     lines += [f"| {' | '.join(heads)} |", "|---" * len(heads) + "|"]
     agree: dict[str, int] = dict.fromkeys(names, 0)
@@ -143,7 +139,7 @@ def _disputes(verdicts: Iterable[Verdict]) -> str:
     if not rows:
         return ""
     head = "| disputed | one says | another says | the runs support |\n|---|---|---|---|"
-    return "\n".join(["### Where the texts contradict each other\n", head, *rows]) + "\n"
+    return "\n".join(["## Where the texts contradict each other\n", head, *rows]) + "\n"
 
 
 def _rule(claim: str, rule: Rule | None) -> str:
@@ -156,7 +152,7 @@ def _rule(claim: str, rule: Rule | None) -> str:
 
 def _multiplicity(found: Multiplicity) -> str:
     lines = [
-        "### Many claims at once\n",
+        "## Many claims at once\n",
         f"{found.supported} claims are supported in the fair setting; at most "
         f"{found.expected_false:.2f} false ones are to be expected. {found.how}\n",
         "| headline claim | p | p after Holm |",
@@ -171,7 +167,7 @@ def _multiplicity(found: Multiplicity) -> str:
 def _answer(verdict: Verdict, rule: Rule | None) -> str:
     known = claims()
     question = known[verdict.claim].question if verdict.claim in known else verdict.claim
-    lines = [f"#### {verdict.claim} {verdict.budget}\n", f"{_plain(question)}\n"]
+    lines = [f"### {verdict.claim} {verdict.budget}\n", f"{_plain(question)}\n"]
     lines.append(f"{_plain(verdict.sentence)}\n")
     if verdict.reported:
         lines.append(f"- Reported: {_plain(verdict.reported)}")
