@@ -28,7 +28,9 @@ from rich.color import Color
 import gammabeta as gammabeta_package
 from gammabeta import _runs, _terminal, cli
 from gammabeta.cli import _study
-from gammabeta.studies import _claims, _data, _demo, _run, activations
+from gammabeta.studies import _card, _claims, _data, _demo, _run, activations
+from gammabeta.studies._card import Card
+from gammabeta.studies._verdict import Verdict
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -418,9 +420,8 @@ def test_explain_tells_all_about_a_claim_at_80_columns(here, shared):
     for text in (claim.question, claim.title, claim.source, claim.reported, claim.rule):
         assert text in folded
     assert "Primary contrast" in folded or "primary contrast" in folded  # the protocol
-    assert done.stdout.splitlines()[1].startswith("  as published o demo, fair o demo (")
-    heads = ["Claim", "Protocol of the experiment activations", "Rule", "Numbers", "Verdicts"]
-    heads += ["Missing", "Make it", "Dispute it"]
+    heads = ["Answer", "Verdicts", "Numbers", "Missing", "Claim", "Rule"]
+    heads += ["Protocol of the experiment activations", "Make it", "Dispute it"]
     lines = done.stdout.splitlines()
     assert [line for line in lines if line in heads] == heads
     commands = [lines[lines.index(head) + 1].strip() for head in heads[-2:]]
@@ -429,12 +430,61 @@ def test_explain_tells_all_about_a_claim_at_80_columns(here, shared):
         "gammabeta study judge runs/tiny --set act-all.delta=0.15",
     ]
     assert all(len(line) <= 80 for line in lines if line.strip() not in commands)
-    numbers = lines[lines.index("Numbers") : lines.index("Verdicts")]
+    numbers = lines[lines.index("Numbers") : lines.index("Missing")]
     for activation in ("ReLU", "sigmoid", "tanh"):
         assert any(re.match(rf" +{activation} +[+-]\d", line) for line in numbers)
     assert "demonstration" in lines[lines.index("Missing") + 1]
     disputed = here(*shlex.split(commands[1])[1:], cwd=shared.home)
-    assert disputed.stdout.startswith("Under another rule: act-all.delta = 0.15")
+    assert "now, delta = 0.15" in disputed.stdout
+
+
+def test_explain_says_why_a_control_holds_and_what_is_only_shown(capsys):
+    cells = [
+        {"name": name, "part": part, "effect": 11.31, "lo": -4.04, "hi": 26.67, "n": 16}
+        | {"status": status, "p_signflip": p, "reason": reason}
+        for name, part, status, p, reason in (
+            ("BN − none", "control", "supported", 0.0005, "above 0 by the exact sign-flip test"),
+            ("a contrast with a name that is too long for a line", "fair", "inconclusive", 0.4, ""),
+            ("noise − none", "shown", "inconclusive", None, "shown"),
+        )
+    ]
+    claim = _claims.claims()["noisy-bn"]
+    rest = {"experiment": "covariate-shift", "reported": "", "delta": 0.3, "half_width": None}
+    found = verdict(claim.id, status="inconclusive", planned_half_width=None, ci=(-1.0, 1.0))
+    one = Verdict(**found | rest | {"cells": cells, "place": "", "certainty": "D"})
+    _terminal.explain(Card(claim, "", None, one, [], None, None, []))
+    lines = capsys.readouterr().out.splitlines()
+    assert max(map(len, lines)) <= 80
+    assert lines[2:4] == ["Answer", f"  {one.sentence}".ljust(80)]
+    at = next(i for i, line in enumerate(lines) if line.startswith("    BN − none"))
+    assert lines[at].rstrip().endswith("16  + supported")
+    folded = " ".join(" ".join(lines[at:]).split())
+    assert folded.count("by the sign-flip test, p = 0.0005") == 1
+    assert folded.count("by the sign-flip test, p = ") == 1
+    (shown,) = (line for line in lines if line.startswith("    noise − none"))
+    assert shown.rstrip().endswith("16  shown only")
+
+
+def test_of_a_protocol_what_is_about_other_claims_is_left_out():
+    protocol = (
+        "Set-up.\n\na-one. First\n    and more.\na-two. Second\n    more.\nAll: seeds.\n\nEnd."
+    )
+    ids = ("a-one", "a-two", "a-three")
+    kept = "Set-up.\n\na-one. First\n    and more.\nAll: seeds.\n\nEnd."
+    assert _card._about("a-one", ids, protocol) == kept
+    assert _card._about("a-three", ids, protocol) == protocol  # it has no entry
+
+
+def test_explain_has_all_of_the_protocol_on_request(here, tmp_path, monkeypatch):
+    monkeypatch.setattr(gammabeta_package, "__file__", str(tmp_path / "src/gammabeta/__init__.py"))
+    words = ("study", "explain", "noisy-bn")
+    short = here(*words, cwd=tmp_path).stdout
+    whole = here(*words, "--protocol", cwd=tmp_path).stdout
+    assert "gammabeta study explain noisy-bn --protocol" in short
+    assert "  noisy-bn. Primary contrast" in short
+    assert "Definition 2.1" in short  # what stands before the entries
+    assert "  gamma-beta-shift. Drift" not in short
+    assert "  gamma-beta-shift. Drift" in whole
 
 
 def test_explain_takes_accepted_rows_first_and_says_where_the_rule_comes_from(
@@ -497,9 +547,37 @@ def test_judge_by_another_rule_says_so_and_changes_nothing(here, run):
     before = tree(run)
     done = here("study", "judge", run, "--set", "act-all.delta=0.5")
     assert done.returncode == 0, done.stderr
-    assert done.stdout.startswith("Under another rule: act-all.delta = 0.5 (in the registry 0.3).")
-    assert "act-sigmoid-most  o demo" in done.stdout
+    lines = done.stdout.splitlines()
+    assert lines[0].startswith("Under another rule.")
+    assert re.match(r" +registry, delta = 0.3 +now, delta = 0.5 *$", lines[3])
+    assert re.match(r"  fair +o demo +o demo *$", lines[5])
+    assert "act-sigmoid-most" not in done.stdout  # it has a rule of its own
+    assert len(lines) < 20
+    assert max(map(len, lines)) <= 80
     assert tree(run) == before
+    done = here("study", "judge", run, "--set", "bn-overfit.delta=1")
+    check_misuse(done, ["There are no rows of bn-overfit", "`gammabeta study run bn-overfit`"])
+
+
+def test_a_verdict_that_another_rule_turns_stands_beside_the_registrys(here):
+    words = ("study", "judge", ROOT / "results" / "overfitting.jsonl.gz")
+    other = ("--set", "bn-overfit.delta=1000")
+    marks = []
+    for rule in ((), other):
+        found = json.loads(here(*words, *rule, "--json").stdout)
+        status = {one["claim"]: one["status"] for one in found}["bn-overfit"]
+        marks.append(f"{_terminal.MARKS[status][0]} {status}")
+    assert marks[0] != marks[1]
+    lines = here(*words, *other).stdout.splitlines()
+    assert "  fair " + " ".join(marks) in [
+        re.sub(r"(?<=\S) +", " ", line).rstrip() for line in lines
+    ]
+    assert any(line.startswith("  fair, ") and ", now " in line for line in lines)
+
+
+def test_one_point_is_no_plural():
+    assert _terminal.one_point("gains 1 points, not 1.1 points") == "gains 1 point, not 1.1 points"
+    assert _terminal.one_point("0.1 points, 11 points") == "0.1 points, 11 points"
 
 
 @pytest.mark.parametrize("whole", [False, True])

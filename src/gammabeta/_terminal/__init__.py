@@ -13,13 +13,13 @@ from gammabeta._terminal._running import (
     verified,
     verifying,
 )
-from gammabeta._terminal._shared import MARKS, duration, make_console, number
+from gammabeta._terminal._shared import MARKS, duration, make_console, number, one_point
 from gammabeta._terminal._verdicts import (
     card,
     claims,
+    disputed,
     multiplicity,
     notice,
-    other_rules,
     verdicts,
 )
 
@@ -29,6 +29,7 @@ __all__ = [
     "card",
     "claims",
     "demo",
+    "disputed",
     "duration",
     "ended",
     "environment",
@@ -39,7 +40,7 @@ __all__ = [
     "multiplicity",
     "notice",
     "number",
-    "other_rules",
+    "one_point",
     "published",
     "status",
     "verdicts",

@@ -1,4 +1,4 @@
-"""The card of one claim: source, protocol, numbers, verdicts, caveats, commands."""
+"""The card of one claim: answer, verdicts, numbers, caveats, source, protocol, commands."""
 
 from __future__ import annotations
 
@@ -26,15 +26,11 @@ _CERTAIN = {
 }
 
 
-def explain(card: Card) -> None:
-    """All about one claim; what was found stands last, where a terminal shows it."""
+def explain(card: Card, protocol: bool = False) -> None:
+    """All about one claim, the answer first; of the protocol what is about it, or all of it."""
     console = make_console()
     claim, verdict = card.claim, card.verdict
     console.print(Text.assemble((claim.id, "bold"), "  ", claim.question))
-    if verdict is not None:
-        both = (mark(verdict.published_status), ", fair ", mark(verdict.status))
-        place = f" ({verdict.place or verdict.data}, budget {verdict.budget})"
-        console.print(Text.assemble("  as published ", *both, place))
 
     def section(name: str) -> None:
         console.print(f"\n{name}", style="bold")
@@ -46,36 +42,45 @@ def explain(card: Card) -> None:
                 table.add_row(name, text)
         console.print(Padding(table, (0, 0, 0, 2)))
 
-    section("Claim")
-    show(("claim", claim.title), ("source", claim.source), ("reported", claim.reported))
-    if card.protocol:
-        section(f"Protocol of the experiment {claim.experiment}")
-        for line in _reflowed(card.protocol, console.width - 2):
-            console.print(f"  {line}".rstrip(), soft_wrap=True)
-    section("Rule")
-    thresholds = ", ".join(f"{key} = {value:g}" for key, value in claim.thresholds.items())
-    show(("rule", claim.rule), ("thresholds", thresholds), ("fixed", _fixed(card.rule)))
     if verdict is not None:
-        section("Numbers")
-        console.print(Padding(_numbers(verdict), (0, 0, 0, 2)))
+        section("Answer")
+        console.print(Padding(Text(verdict.sentence), (0, 0, 0, 2)))
         section("Verdicts")
         show(
             ("as published", mark(verdict.published_status)),
             ("fair", mark(verdict.status)),
             ("effect", _effect(verdict)),
             ("precision", _precision(verdict)),
-            ("answer", verdict.sentence),
+            ("place", f"{verdict.place or verdict.data}, budget {verdict.budget}"),
             ("certainty", _CERTAIN.get(verdict.certainty, "")),
             ("variations", verdict.variations),
-            *(("note", note) for note in verdict.notes),
         )
+        section("Numbers")
+        console.print(Padding(_numbers(verdict), (0, 0, 0, 2)))
+    if verdict is not None and verdict.notes:
+        section("Notes")
+        for note in verdict.notes:
+            console.print(Padding(Text(note), (0, 0, 0, 2)))
     if claim.caveats:
         section("Caveats")
-        console.print(Padding(claim.caveats, (0, 0, 0, 2)))
+        console.print(Padding(Text(claim.caveats), (0, 0, 0, 2)))
     if card.missing:
         section("Missing")
         for text in card.missing:
-            console.print(Padding(text, (0, 0, 0, 2)))
+            console.print(Padding(Text(text), (0, 0, 0, 2)))
+    section("Claim")
+    show(("claim", claim.title), ("source", claim.source), ("reported", claim.reported))
+    section("Rule")
+    thresholds = ", ".join(f"{key} = {value:g}" for key, value in claim.thresholds.items())
+    show(("rule", claim.rule), ("thresholds", thresholds), ("fixed", _fixed(card.rule)))
+    if card.protocol:
+        section(f"Protocol of the experiment {claim.experiment}")
+        text = card.protocol if protocol else card.about
+        for line in _reflowed(text, console.width - 2):
+            console.print(f"  {line}".rstrip(), soft_wrap=True)
+        if text != card.protocol:
+            console.print("\n  What is about other claims is left out:")
+            console.print(f"  gammabeta study explain {claim.id} --protocol", soft_wrap=True)
     for name, command in (("Make it", card.make), ("Dispute it", card.dispute)):
         if command:
             section(name)
@@ -104,14 +109,24 @@ def _numbers(verdict: Verdict) -> Table:
         if cell.get("part") != part:
             part = cell.get("part")
             table.add_row(Text(str(part or ""), style="bold"))
-        status = cell.get("status")
         table.add_row(
-            f"  {cell.get('name', '')}",
+            Padding(Text(str(cell.get("name", ""))), (0, 0, 0, 2)),
             effect(_interval(cell)),
             f"{cell.get('n', '')}",
-            mark(status) if status in MARKS else Text(str(status or "")),
+            _judged(cell),
         )
+        p = cell.get("p_signflip")
+        if p is not None and "sign-flip" in str(cell.get("reason")):
+            why = f"by the sign-flip test, p = {p:.2g}"
+            table.add_row(Padding(Text(why), (0, 0, 0, 4)))
     return table
+
+
+def _judged(cell: Mapping[str, Any]) -> Text:
+    if cell.get("reason") == "shown":
+        return Text("shown only")
+    status = cell.get("status")
+    return mark(status) if status in MARKS else Text(str(status or ""))
 
 
 def _interval(cell: Mapping[str, Any]) -> dict[str, Any]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Mapping
 from typing import Any, NoReturn
 
@@ -84,3 +85,8 @@ def effect(verdict: Found) -> str:
     if ci is None or not all(end is not None and math.isfinite(end) for end in ci):
         return number(size)
     return f"{number(size)} [{number(ci[0])}, {number(ci[1])}]"
+
+
+def one_point(sentence: str) -> str:
+    """A sentence whose number was filled in, with the singular where that is 1."""
+    return re.sub(r"(?<![\d.,])1 points\b", "1 point", sentence)

@@ -11,11 +11,22 @@ from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
 
-from gammabeta._terminal._shared import GAP, MARKS, Found, effect, make_console, make_table, mark
+from gammabeta._terminal._shared import (
+    GAP,
+    MARKS,
+    Found,
+    effect,
+    make_console,
+    make_table,
+    mark,
+    one_point,
+)
 
 if TYPE_CHECKING:
+    from gammabeta.studies._card import Disputed
     from gammabeta.studies._claims import Claim
     from gammabeta.studies._judge import Multiplicity
+    from gammabeta.studies._verdict import Verdict
 
 MANY = 12  # verdicts; of more, only the headline claims are answered in sentences
 
@@ -181,18 +192,47 @@ def card(claim: Claim, verdict: Found | None) -> None:
     console.print(Padding(table, (0, 0, 0, 2)))
 
 
-def other_rules(rules: Mapping[str, Mapping[str, float]], known: Mapping[str, Claim]) -> None:
-    """Say that what follows is not the registry's verdict."""
-    changes = [
-        f"{claim}.{key} = {value:g} (in the registry {known[claim].thresholds[key]:g})"
-        for claim, thresholds in rules.items()
-        for key, value in thresholds.items()
-    ]
+def disputed(both: Sequence[Disputed], rules: Mapping[str, Mapping[str, float]]) -> None:
+    """The claims of `rules` by both rules, in a few lines each, and what else turns."""
     console = make_console()
-    console.print(
-        f"Under another rule: {'; '.join(changes)}. Shown only: what is stored stays as it is."
+    console.print("Under another rule. Shown only: what is stored stays as it is.")
+    turned = [one for one in both if one.claim.id not in rules]
+    for claim, before, after in both:
+        if claim.id not in rules:
+            continue
+        console.print()
+        console.print(Text.assemble((claim.id, "bold"), "  ", claim.question))
+        old = ", ".join(f"{key} = {claim.thresholds[key]:g}" for key in rules[claim.id])
+        new = ", ".join(f"{key} = {value:g}" for key, value in rules[claim.id].items())
+        table = make_table(("", {"no_wrap": True}), (f"registry, {old}", {}), (f"now, {new}", {}))
+        table.add_row("as published", mark(before.published_status), mark(after.published_status))
+        table.add_row("fair", mark(before.status), mark(after.status))
+        table.add_row("effect [95 %]", effect(before.to_json()), effect(after.to_json()))
+        console.print(Padding(table, (0, 0, 0, 2)))
+        place = f"{after.unit}, n = {after.n}, on {after.data}, budget {after.budget}"
+        console.print(Padding(Text(place.removeprefix(", ")), (0, 0, 0, 2)))
+        for cell, status in _turned_cells(before, after):
+            told = Text.assemble(f"{cell}: ", mark(status[0]), ", now ", mark(status[1]))
+            console.print(Padding(told, (0, 0, 0, 2)))
+        console.print(Padding(Text(f"Now: {one_point(after.sentence)}"), (0, 0, 0, 2)))
+    for claim, before, after in turned:
+        console.print()
+        parts = (("as published", before.published_status, after.published_status),)
+        told = Text.assemble("Turned by it: ", (claim.id, "bold"))
+        for part, was, now in (*parts, ("fair", before.status, after.status)):
+            if was != now:
+                told = Text.assemble(told, f", {part} ", mark(was), ", now ", mark(now))
+        console.print(told)
+
+
+def _turned_cells(before: Verdict, after: Verdict) -> list[tuple[str, tuple[str, str]]]:
+    """Which contrasts another rule judges otherwise, by part and name."""
+    old, new = (
+        {f"{cell.get('part')}, {cell.get('name')}": cell["status"] for cell in verdict.cells}
+        for verdict in (before, after)
     )
-    console.print()
+    pairs = {name: (old[name], new[name]) for name in old if name in new}
+    return [(name, pair) for name, pair in pairs.items() if pair[0] != pair[1]]
 
 
 def multiplicity(found: Multiplicity) -> None:

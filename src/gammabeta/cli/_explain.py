@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+from typing import Annotated
+
+from cyclopts import Parameter
+
 from gammabeta.cli._parts import (
     FINE,
     Json,
@@ -15,13 +19,21 @@ from gammabeta.cli._parts import (
 )
 
 
-def explain(what: Words = None, /, *, json: Json = False) -> int:
-    """Tell all about a claim: source, protocol, numbers, verdicts, caveats, commands.
+def explain(
+    what: Words = None,
+    /,
+    *,
+    protocol: Annotated[bool, Parameter(show_default=False)] = False,
+    json: Json = False,
+) -> int:
+    """Tell all about a claim: answer, verdicts, numbers, caveats, source, protocol, commands.
 
     Parameters
     ----------
     what
         Claims or experiments; kept rows or run folders (results/, else the newest run).
+    protocol
+        The whole protocol of the experiment, also what is about its other claims.
     """
     with usable():
         paths, asked = sorted_out(what or [])
@@ -36,5 +48,5 @@ def explain(what: Words = None, /, *, json: Json = False) -> int:
     for number, card in enumerate(cards):
         if number:
             print()
-        _terminal.explain(card)
+        _terminal.explain(card, protocol)
     return FINE

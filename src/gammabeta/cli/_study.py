@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -476,19 +478,23 @@ def judge(
     out
         Write the verdicts of kept rows on MNIST into this Markdown page instead.
     rules
-        CLAIM.THRESHOLD=VALUE: judge by another rule. The run folder stays as it is.
+        CLAIM.THRESHOLD=VALUE: this claim by both rules. The run folder stays as it is.
     """
     from gammabeta import _terminal
-    from gammabeta.studies import _claims
 
     with usable():
+        from gammabeta.studies import _card, _claims
+
         changed = _claims.rules(rules or [])
         found = run_folders(paths)
         if out is not None:
             return _page(found, out, bool(changed or json))
+        if changed and not json:
+            with _by_this_rule():
+                both = _card.disputed(found, changed)
+            _terminal.disputed(both, changed)
+            return FINE
         judged = _judged(found, changed)
-    if not json and changed:
-        _terminal.other_rules(changed, _claims.claims())
     if json:
         dump([public(verdict.to_json()) for verdict in judged.verdicts])
     else:
@@ -521,12 +527,17 @@ def _page(found: list[Path], out: Path, more: bool) -> int:
 def _judged(paths: list[Path], rules: dict[str, dict[str, float]]) -> Any:
     from gammabeta.studies import _claims, _judge
 
+    if not rules:
+        return _judge.judge(paths)
+    with _by_this_rule(), _claims.overruled(rules):
+        return _judge.judge(paths)
+
+
+@contextmanager
+def _by_this_rule() -> Iterator[None]:
     try:
-        with _claims.overruled(rules):
-            return _judge.judge(paths)
+        yield
     except RuntimeError as error:
-        if not rules:
-            raise
         raise Unusable(f"The claims cannot be judged by this rule: {error.__cause__}") from error
 
 
