@@ -689,6 +689,9 @@ def odd(tmp_path):
         ("report newer", ["claims.json", "at most 1, got 99", "gammabeta 9.9 or newer"]),
         ("study explain", ["A claim was expected", "`gammabeta study list`"]),
         ("study explain act-al", ["'act-al'", "Did you mean act-all?"]),
+        ("study explain ics", ["Did you mean ics-def, ics-gradient or ics-reduced?"]),
+        ("study show bn", [" claims have 'bn' in their id: bn-", ", … `gammabeta study list`"]),
+        ("study list smoohter", ["Did you mean smoother?", "`gammabeta study list`"]),
         ("study explain act-all ./nowhere", ["nowhere", "got nothing"]),
         ("study judge --set delta=1", ["CLAIM.THRESHOLD=VALUE", "'delta=1'"]),
         ("study judge --set act-all.delta=x", ["finite number", "'act-all.delta=x'"]),
@@ -997,11 +1000,14 @@ def test_any_number_of_verdicts_fits_80_columns(capsys, count, mixed):
     surprise = f"{longest[0]}: refuted. The answer to {longest[0]}."
     _terminal.verdicts(found, [surprise], known)
     text = capsys.readouterr().out
-    assert all(len(line) <= 80 for line in text.splitlines())
-    table = "".join(text.split())
+    lines = text.splitlines()
+    assert all(len(line) <= 80 for line in lines)
     for one in found:
-        assert one["status"] in table
-        assert one["claim"].split("-")[0][:8] in text  # a narrow table breaks names
+        assert one["status"] in text
+        named = [n for n, line in enumerate(lines) if line.startswith(f"{one['claim']} ")]
+        row = named[0]  # the answers come later
+        assert _terminal.MARKS[one["status"]][0] in lines[row]
+        assert one["unit"] in f"{lines[row]} {lines[row + 1]}"
     assert text.count("-12.35") == count
     assert text.count("[-141.53, +162.66]") == count
     answered = [one["claim"] for one in found if count <= 12 or known[one["claim"]].headline]

@@ -7,6 +7,7 @@ from collections import Counter
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING
 
+from rich.console import Console
 from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
@@ -43,6 +44,7 @@ def _by_topic(listed: Iterable[Claim]) -> Iterator[tuple[str, list[Claim]]]:
 def claims(listed: Collection[Claim]) -> None:
     """All claims by topic: id, and what a reader would ask."""
     console = make_console()
+    console.print("* = there is an experiment that decides it.\n")
     table = make_table(("", {"no_wrap": True}), ("", {}), header=False)
     for topic, group in _by_topic(listed):
         if table.row_count:
@@ -55,7 +57,7 @@ def claims(listed: Collection[Claim]) -> None:
     ready = sum(claim.experiment is not None for claim in listed)
     console.print()
     console.print(
-        f"{len(listed)} claims; those with * ({ready}) have an experiment: `gammabeta study "
+        f"{len(listed)} claims, {ready} with an experiment (*): `gammabeta study "
         "explain CLAIM` tells all about one, `gammabeta study run CLAIM` decides it."
     )
 
@@ -67,9 +69,13 @@ def verdicts(found: Sequence[Found], surprises: Sequence[str], known: Mapping[st
         console.print("No verdicts yet: there are no finished cells to judge.")
         return
     many = len(found) > MANY
-    console.print(_verdict_table(found, known, console.width, by_topic=many))
+    table = None if many else _verdict_table(found, console.width)
+    if table is None:
+        _in_two_lines(console, found, known, by_topic=many)
+    else:
+        console.print(table)
     console.print()
-    console.print(_caption(found))
+    console.print(_caption(found, units=table is not None))
     told = [verdict for verdict in found if not many or known[verdict["claim"]].headline]
     for verdict in told:
         console.print()
@@ -86,11 +92,12 @@ def verdicts(found: Sequence[Found], surprises: Sequence[str], known: Mapping[st
         console.print(Padding(Text(text), (0, 0, 0, 2)))
 
 
-def _verdict_table(
-    found: Sequence[Found], known: Mapping[str, Claim], width: int, by_topic: bool
-) -> Table:
+_HEADS = ("as published", "fair", "effect [95 %]", "n", "on")
+
+
+def _cells(found: Sequence[Found]) -> dict[str, tuple[Text, Text, str, str, str]]:
     budgets = {verdict["budget"] for verdict in found}
-    rows = {
+    return {
         verdict["claim"]: (
             mark(verdict["published_status"]),
             mark(verdict["status"]),
@@ -101,47 +108,69 @@ def _verdict_table(
         )
         for verdict in found
     }
-    heads = ("as published", "fair", "effect [95 %]", "n", "on")
-    widths = [
-        max(len(head), *(len(row[i]) for row in rows.values())) for i, head in enumerate(heads)
-    ]
-    # What is left for the claim and its effect; the interval goes below the effect if it must.
-    left = width - sum(widths) + widths[2] - len(heads) * GAP
-    longest = max(map(len, rows))
-    narrow = longest + widths[2] > left
-    if narrow:
-        widths[2] = max(len(part) for row in rows.values() for part in _halves(row[2]))
-    room = max(8, min(longest, left - widths[2]))
-    table = make_table(
-        ("claim", {"min_width": room}),
-        *((head, {"no_wrap": True, "min_width": w}) for head, w in zip(heads, widths, strict=True)),
-    )
+
+
+def _widths(rows: Iterable[Sequence[Text | str]]) -> list[int]:
+    return [max(map(len, column)) for column in zip(_HEADS, *rows, strict=True)]
+
+
+def _verdict_table(found: Sequence[Found], width: int) -> Table | None:
+    """One line a claim; None where that is too wide."""
+    rows = _cells(found)
+    widths = [max(len("claim"), *map(len, rows)), *_widths(rows.values())]
+    if sum(widths) + (len(widths) - 1) * GAP > width:
+        return None
+    heads = zip(("claim", *_HEADS), widths, strict=True)
+    table = make_table(*((head, {"no_wrap": True, "min_width": w}) for head, w in heads))
     table.columns[4].justify = "right"
-
-    def add(claim: str) -> None:
-        published, fair, size, n, on = rows[claim]
-        size = "\n".join(_halves(size)) if narrow else size
-        name = "\n".join(textwrap.wrap(claim, room))  # breaks after a hyphen
-        table.add_row(name, published, fair, size, n, on)
-
-    if not by_topic:
-        for claim in rows:
-            add(claim)
-        return table
-    for topic, group in _by_topic(known[claim] for claim in rows):
-        if table.row_count:
-            table.add_row()
-        table.add_row(Text("\n".join(textwrap.wrap(topic, room)), style="bold"))
-        for one in group:
-            add(one.id)
+    for claim, row in rows.items():
+        table.add_row(claim, *row)
     return table
 
 
-def _halves(size: str) -> list[str]:
-    return size.split(" ", 1)
+def _in_two_lines(
+    console: Console, found: Sequence[Found], known: Mapping[str, Claim], by_topic: bool
+) -> None:
+    """The effect with its unit below each claim, so that no name is broken."""
+    rows = _cells(found)
+    units = {verdict["claim"]: verdict["unit"] for verdict in found}
+    widths = _widths(rows.values())
+    others = sum(widths) - widths[2] + 4 * GAP
+    room = max(8, min(max(map(len, rows)), console.width - others))
+
+    def line(claim: str, cells: Sequence[Text | str]) -> Text:
+        *above, name = textwrap.wrap(claim, room)  # a name as long as this breaks after a hyphen
+        text = Text("".join(f"{part}\n" for part in above) + name.ljust(room))
+        for head, cell, wide in zip(_HEADS, cells, widths, strict=True):
+            if head.startswith("effect"):
+                continue
+            pad = " " * (wide - len(cell))
+            before, after = (pad, "") if head == "n" else ("", pad)
+            text = Text.assemble(text, " " * GAP + before, cell, after)
+        text.rstrip()
+        return text
+
+    def show(claim: str) -> None:
+        console.print(line(claim, rows[claim]))
+        size = Text(f"{rows[claim][2]} {units[claim]}".rstrip())
+        console.print(Padding(size, (0, 0, 0, 2)))
+
+    heads = line("claim", _HEADS)
+    heads.append(f"\n  {_HEADS[2]}, unit")
+    heads.stylize("bold")
+    console.print(heads)
+    if not by_topic:
+        for claim in rows:
+            show(claim)
+        return
+    for topic, group in _by_topic(known[claim] for claim in rows):
+        console.print(f"\n{topic}", style="bold")
+        for one in group:
+            show(one.id)
 
 
-def _caption(found: Sequence[Found]) -> str:
+def _caption(found: Sequence[Found], units: bool) -> str:
+    """How many there are of each kind; the units too, where no line of its own has them."""
     parts = []
     if len(found) > 3:
         counted = Counter(verdict["status"] for verdict in found)
@@ -150,14 +179,14 @@ def _caption(found: Sequence[Found]) -> str:
     budgets = sorted({verdict["budget"] for verdict in found})
     if len(budgets) == 1:
         parts.append(f"Budget {budgets[0]}.")
-    units: dict[str, list[str]] = {}
-    for verdict in found:
+    by_unit: dict[str, list[str]] = {}
+    for verdict in found if units else ():
         if verdict["unit"]:
-            units.setdefault(verdict["unit"], []).append(verdict["claim"])
-    if len(units) == 1:
-        parts.append(f"Effects in {next(iter(units))}.")
-    elif units and len(found) <= MANY:
-        lists = [f"Effects in {unit}: {', '.join(names)}." for unit, names in units.items()]
+            by_unit.setdefault(verdict["unit"], []).append(verdict["claim"])
+    if len(by_unit) == 1:
+        parts.append(f"Effects in {next(iter(by_unit))}.")
+    elif by_unit:
+        lists = [f"Effects in {unit}: {', '.join(names)}." for unit, names in by_unit.items()]
         return "\n".join([" ".join(parts), *lists]).lstrip()
     return " ".join(parts)
 

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+import re
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from cyclopts import App, Group, Parameter, validators
 
@@ -26,6 +27,9 @@ from gammabeta.cli._parts import (
     uninterrupted,
     usable,
 )
+
+if TYPE_CHECKING:
+    from gammabeta.studies._claims import Claim
 
 study = App(
     name="study",
@@ -65,7 +69,8 @@ def list_claims(words: Words = None, /, *, json: Json = False) -> int:
     ]
     if not found:
         raise Unusable(
-            f"No claim has the words {' '.join(words or ())}. `gammabeta study list` has all."
+            f"No claim has the words {' '.join(wanted)}. {_meant(wanted, _claims.claims())}"
+            "`gammabeta study list` has all."
         )
     if json:
         ids = {claim.id for claim in found}
@@ -74,6 +79,21 @@ def list_claims(words: Words = None, /, *, json: Json = False) -> int:
 
     _terminal.claims(found)
     return FINE
+
+
+def _meant(words: list[str], known: Mapping[str, Claim]) -> str:
+    """Words of ids and questions that are spelled like those that no claim has."""
+    from gammabeta.studies import _claims
+
+    texts = [f"{claim.id} {claim.question}".lower() for claim in known.values()]
+    everywhere = dict.fromkeys(w for text in texts for w in re.findall(r"[\w-]{3,}", text))
+    near = [
+        _claims.suggest(word, everywhere)
+        for word in words
+        if not any(word in text for text in texts)
+    ]
+    found = [" or ".join(choices) for choices in near if choices]
+    return f"Did you mean {', '.join(found)}? " if found else ""
 
 
 @study.command(
