@@ -213,6 +213,46 @@ def test_the_address_restores_the_whole_view(chromium, made, tab):
     context.close()
 
 
+def test_experiments_of_a_long_page_are_folded_but_for_links_and_print(chromium, tmp_path):
+    names = ("activations", "order", "depth", "grid")
+    claims = [claim(f"of-{name}", experiment=name) for name in names]
+    write_registry(tmp_path / "run", claims)
+    entries = [verdict(f"of-{name}", experiment=name) for name in names]
+    write_derived(tmp_path / "run", entries, [figure(experiment=name) for name in names])
+    made = page.write([tmp_path / "run"], tmp_path / "report.html")
+    opened_ = "[...document.querySelectorAll('.fold')].map(d => d.open)"
+    with opened(chromium, made) as tab:
+        assert tab.evaluate(opened_) == [False] * 4
+        assert tab.locator(".experiment h2:visible").count() == 4
+        assert tab.locator(".card:visible").count() == 0
+        assert tab.locator("[data-drawn]").count() == 0
+        tab.locator("#claim-of-depth summary").click()
+        tab.locator("#claim-of-depth").get_by_role("link", name="evidence").click()
+        until(tab, "document.getElementById('exp-depth').querySelector('.fold').open")
+        assert tab.evaluate(opened_) == [False, False, True, False]
+        until(tab, "document.querySelectorAll('[data-drawn]').length === 1")
+        place = "document.getElementById('verdict-of-depth').getBoundingClientRect().top"
+        until(tab, f"Math.abs({place}) < 60")
+        for hash in ("exp-order", "fig-grid-accuracy"):
+            tab.evaluate(f"location.hash = '{hash}'")
+            until(tab, f"document.getElementById('{hash}').closest('.experiment')"
+                       ".querySelector('.fold').open")  # fmt: skip
+        assert tab.evaluate(opened_) == [False, True, True, True]
+        tab.wait_for_timeout(600)  # written into the address
+        context = chromium.new_context()
+        other = context.new_page()
+        other.goto(tab.url)
+        assert other.evaluate(opened_) == [False, True, True, True]
+        context.close()
+        tab.evaluate("window.dispatchEvent(new Event('beforeprint'))")
+        assert tab.evaluate(opened_) == [True] * 4
+        assert tab.locator("[data-drawn]").count() == 4
+        wide = "[...document.querySelectorAll('.plot .main-svg')].map(s => s.clientWidth)"
+        assert min(tab.evaluate(wide)) > 100
+        tab.evaluate("window.dispatchEvent(new Event('afterprint'))")
+        assert tab.evaluate(opened_) == [False, True, True, True]
+
+
 def test_no_two_curves_of_a_figure_look_alike(chromium, tmp_path):
     series = [
         {"name": f"curve {n}", "style": ("bn", "none")[n % 2], "n": 5, "x": [1, 2], "y": [n, 1]}

@@ -233,6 +233,17 @@ def test_the_page_calls_surprising_what_the_studies_do(tmp_path):
     assert _content.gather([tmp_path]).surprises == []
 
 
+def test_the_answer_stands_under_its_question_without_numbers(tmp_path):
+    write_registry(tmp_path / "run", registry()[:1])
+    long = "No: on MNIST, MLP 100-100, it does not gain (−0.7; reversed): tanh, (+0.1; absent)."
+    write_derived(tmp_path / "run", [verdict("act-all", sentence=long)], [])
+    html = text_of([tmp_path / "run"], tmp_path / "r.html")
+    assert '<p class="said">No: it does not gain.</p>' in first_row(html)
+    assert f'<p class="answer">{long}</p>' in html
+    write_derived(tmp_path / "run", [verdict("act-all", sentence="Word " * 99)], [])
+    assert " Word …</p>" in first_row(text_of([tmp_path / "run"], tmp_path / "r.html"))
+
+
 def test_all_claims_are_listed_with_both_verdicts(tmp_path):
     run = tmp_path / "run"
     write_registry(run, registry()[:3])

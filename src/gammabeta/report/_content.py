@@ -49,6 +49,8 @@ _PART = re.compile(
 _HELD = re.compile(
     r"Holds in (\d+) of (\d+) variations tried(?: \((\d+) of (\d+) not run: ([^()]+)\))?: (.+)\."
 )
+_ASIDE = re.compile(r"\s*\([^()]*\)")
+_SHORT = 220  # letters of an answer beside others
 _TIMES = re.compile(r"(?<=\d) x (?=\d)")
 _UNTOLD = {  # letter -> what stands behind it where no variations are told
     "A": "an identity or a proof",
@@ -307,6 +309,7 @@ def _complete(page: Content, verdicts: Sequence[Verdict]) -> None:
         verdict["at"] = _at(verdict)
         verdict["exact"] = claim["kind"] == "exact"
         verdict["place"] = _place(verdict)
+        verdict["short"] = _short(verdict)
         verdict["where"] = f"{verdict['place']} · budget {verdict['budget']}"
         verdict["variations"] = _varied(verdict)
         held = _held_in(verdict["variations"], verdict["status"])
@@ -339,6 +342,22 @@ def _at(verdict: Verdict) -> str:
     fair = [cell for cell in known if cell.get("part") == known[0].get("part")]
     same = (cell["name"] for cell in fair if cell["effect"] == verdict["effect"])
     return str(next(same, "")) if len(fair) > 1 else ""
+
+
+def _short(verdict: Verdict) -> str:
+    """The answer without its numbers and without the place, which stands beside it.
+
+    >>> _short({"sentence": "No: on MNIST, it gains less (+0.1): a, b.", "place": "MNIST"})
+    'No: it gains less.'
+    """
+    text = _ASIDE.sub("", verdict["sentence"])
+    place = verdict.get("place")
+    if isinstance(place, str) and place:
+        text = text.replace(f" on {place},", "", 1)
+    head, colon, rest = text.partition(": ")
+    rest = re.split(r"; |: |\. ", rest)[0].rstrip(" .")
+    short = f"{head}{colon}{rest}" if rest else head.rstrip(" .")
+    return f"{short}." if len(short) < _SHORT else f"{short[:_SHORT].rpartition(' ')[0]} …"
 
 
 def _place(verdict: Verdict) -> str:

@@ -129,7 +129,13 @@
     }
   }, { rootMargin: "800px" });
   figures.forEach((node) => near.observe(node));
-  const redraw = () => figures.filter((node) => node.dataset.drawn).forEach(draw);
+  // What is folded has no width to be drawn to: it waits until it is opened.
+  const folded = (node) => node.closest("details.fold:not([open])") !== null;
+  const redraw = () => figures.filter((node) => node.dataset.drawn).forEach((node) => {
+    if (!folded(node)) { draw(node); return; }
+    delete node.dataset.drawn;
+    near.observe(node);
+  });
 
   // --- theme -----------------------------------------------------------------------------
   const button = document.getElementById("theme");
@@ -172,11 +178,14 @@
     const target = view.anchor && document.getElementById(view.anchor);
     if (!target) return;
     target.hidden = false;
-    const inner = target.matches(".claims > li") ? target.querySelector("details") : target.closest("details");
-    if (inner) inner.open = true;
+    const fold = target.querySelector(":scope > details");
+    if (fold && target.matches(".claims > li, .experiment")) fold.open = true;
+    for (let node = target.closest("details"); node; node = node.parentElement.closest("details")) {
+      node.open = true;
+    }
     // What is near is drawn first: it changes its height, and the place would move away.
     const top = (node) => node.getBoundingClientRect().top;
-    figures.filter((node) => !node.dataset.drawn && Math.abs(top(node) - top(target)) < 1800).forEach(draw);
+    figures.filter((node) => !node.dataset.drawn && !folded(node) && Math.abs(top(node) - top(target)) < 1800).forEach(draw);
     target.scrollIntoView({ behavior: "instant" });
   }
   window.addEventListener("hashchange", () => {
@@ -201,7 +210,7 @@
     clearTimeout(scrolled);
     scrolled = setTimeout(() => {
       if (scrollY < 40) { view.moved(""); return; }
-      const passed = landmarks.filter((node) => node.getBoundingClientRect().top < 90);
+      const passed = landmarks.filter((node) => !folded(node) && node.getBoundingClientRect().top < 90);
       view.moved(passed.at(-1)?.id ?? "");
     }, 200);
   }, { passive: true });
@@ -219,9 +228,9 @@
     root.dataset.printing = "yes";
     theme = root.dataset.theme ?? null;
     root.dataset.theme = "light"; // paper is
-    figures.forEach(draw);
-    closedAgain = all(".card details, details.block:not(.table)").filter((node) => !node.open);
+    closedAgain = all(".fold, .card details, details.block:not(.table)").filter((node) => !node.open);
     closedAgain.forEach((node) => { node.open = true; });
+    figures.forEach(draw);
   });
   window.addEventListener("afterprint", () => {
     if (!root.dataset.printing) return;

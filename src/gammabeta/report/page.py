@@ -22,6 +22,7 @@ from gammabeta.report import _content, _embed, _markdown, _marks
 
 LIMIT = 8_000_000  # bytes of the whole page
 _MARGIN = 100_000
+_FEW_OPEN = 3  # experiments: more are folded, or the page would be 200 screens high
 _SCRIPTS = ("view.js", "stepper.js", "figures.js", "records.js", "claims.js", "page.js")
 
 
@@ -120,6 +121,7 @@ def _render(content: _content.Content) -> str:
         "statuses": _marks.STATUSES,
         "number": _marks.number,
         "status_mark": _marks.status_mark,
+        "few_open": _FEW_OPEN,
         "certainties": _marks.CERTAINTY,
         "certainty_mark": _marks.certainty_mark,
     }

@@ -5,6 +5,7 @@ const viewOf = (location_, history_) => {
   const values = new Map();
   let anchor = "";
   let timer = 0;
+  let known = location_.hash;
 
   function read() {
     values.clear();
@@ -27,8 +28,10 @@ const viewOf = (location_, history_) => {
   function write() {
     clearTimeout(timer);
     timer = setTimeout(() => {
+      if (location_.hash !== known) return; // a link was followed, of which `followed` will hear
       const parts = [...values].map((pair) => pair.map(encodeURIComponent).join("="));
       history_.replaceState(null, "", "#" + [encodeURIComponent(anchor), ...parts].join("&"));
+      known = location_.hash;
     }, 120); // browsers allow only so many changes of the address in a second
   }
 
@@ -49,7 +52,8 @@ const viewOf = (location_, history_) => {
     },
     // A link on the page was followed: its anchor is new, the rest of the view stays.
     followed() {
-      const hash = location_.hash.slice(1);
+      known = location_.hash;
+      const hash = known.slice(1);
       if (hash.includes("=")) read();
       else anchor = decode(hash);
       write();
