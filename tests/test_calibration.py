@@ -245,7 +245,7 @@ class Residual(nn.Module):
 @pytest.mark.parametrize("detach", [False, True])
 def test_levels_follow_the_data_with_and_without_gradients(detach):
     model = Residual(detach).double()
-    report = gb.calibrate(model, torch.randn(4, 16, 3, dtype=torch.float64) * 3 + 1)
+    report = gb.calibrate(model, list(torch.randn(4, 16, 3, dtype=torch.float64) * 3 + 1))
     assert {row.name: row.level for row in report} == {
         "last": 3,
         "right": 2,
@@ -396,7 +396,7 @@ def test_layers_without_statistics_are_named_and_frozen_ones_are_calibrated():
         nn.BatchNorm1d(2, track_running_stats=False), gb.BatchNorm1d(2), gb.BatchNormAct1d(2)
     )
     gb.freeze(model[1])
-    report = gb.calibrate(model, torch.randn(4, 8, 2) * 3)
+    report = gb.calibrate(model, list(torch.randn(4, 8, 2) * 3))
     assert [row.name for row in report] == ["0", "1", "2"]
     assert "track_running_stats=False" in report[0].note
     assert "depend on the split" in report[0].note
@@ -677,3 +677,10 @@ def test_two_ranks_with_uneven_data_end_with_the_statistics_of_all(tmp_path):
                 torch.testing.assert_close(ranks[0], value, rtol=1e-4, atol=1e-4)
     assert first["error"] == "OSError: disk"
     assert "rank 0 of the group failed with OSError('disk')" in second["error"]
+
+
+def test_one_tensor_or_no_module_is_answered_by_what_to_do():
+    with pytest.raises(ValueError, match=r"iterable of batches, got one tensor .*: write \[x\]"):
+        gb.calibrate(nn.BatchNorm1d(3), torch.randn(8, 3))
+    with pytest.raises(TypeError, match=r"must be a torch\.nn\.Module, got the class BatchNorm1d"):
+        gb.calibrate(nn.BatchNorm1d, [torch.randn(8, 3)])

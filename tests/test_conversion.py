@@ -852,3 +852,17 @@ def test_pytorchs_own_layers_count_checkpointed_batches_twice(pytorchs):
     assert trained["net.block.norm1.num_batches_tracked"] == 100
     error = trained["net.block.norm1.running_var"] - pytorchs["block.norm1.running_var"]
     assert error.abs().max() > 1e-3
+
+
+@pytest.mark.parametrize("function", [gb.convert, gb.revert])
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        (nn.BatchNorm1d, r"got the class BatchNorm1d\. Make one first"),
+        (nn.BatchNorm1d(3).state_dict(), r"got a state_dict \(OrderedDict\)\. Load it into"),
+        (None, r"got NoneType\. Pass the network itself"),
+    ],
+)
+def test_what_is_no_module_is_answered_by_what_to_do(function, given, said):
+    with pytest.raises(TypeError, match=rf"model must be a torch\.nn\.Module, {said}"):
+        function(given)

@@ -29,6 +29,17 @@ def ours(model: nn.Module, function: str) -> dict[str, RunningMoments]:
     return found
 
 
+def came(given: object) -> str:
+    """What was given where a model was expected, in words."""
+    if isinstance(given, type):
+        return f"the class {given.__name__}"
+    return (
+        f"a state_dict ({type(given).__name__})"
+        if isinstance(given, dict)
+        else type(given).__name__
+    )
+
+
 def any_kind(model: nn.Module) -> dict[str, _BatchNorm | RunningMoments]:
     """The batch normalizations by qualified name, ours (labeled) and PyTorch's, each once."""
     found = {

@@ -14,7 +14,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.nn.parameter import is_lazy
 
 from gammabeta.layers._running import RunningMoments
-from gammabeta.models._find import any_kind
+from gammabeta.models._find import any_kind, came
 from gammabeta.models._population import (
     Call,
     Forward,
@@ -110,12 +110,14 @@ def calibrate(
 
     Raises:
         ValueError: nothing to calibrate (whitening layers are not); no batches, or too few values;
-            an iterator where several passes are needed; statistics that are not finite.
+            an iterator where several passes are needed; a tensor instead of batches; statistics
+            that are not finite.
+        TypeError: the model is no module.
         RuntimeError: another rank failed.
 
     >>> import torch, gammabeta as gb
     >>> layer = torch.nn.BatchNorm1d(1)
-    >>> report = gb.calibrate(layer, torch.tensor([[[0.0], [1.0]], [[10.0], [11.0]]]))
+    >>> report = gb.calibrate(layer, [torch.tensor([[0.0], [1.0]]), torch.tensor([[10.0], [11.0]])])
     >>> layer.running_mean.item(), layer.running_var.item()
     (5.5, 33.66666793823242)
     >>> print(report)
@@ -128,6 +130,16 @@ def calibrate(
     """
     if order not in ("network", "batch"):
         raise ValueError(f"calibrate: order must be 'network' or 'batch', got {order!r}.")
+    if not isinstance(model, nn.Module):
+        raise TypeError(
+            f"calibrate: model must be a torch.nn.Module, got {came(model)}. Pass the network "
+            "itself."
+        )
+    if isinstance(batches, Tensor):
+        raise ValueError(
+            "calibrate: batches must be an iterable of batches, got one tensor of shape "
+            f"{tuple(batches.shape)}: write [x], or x.split(64)."
+        )
     if isinstance(model, DistributedDataParallel):
         model = model.module
     for name, value in (*model.named_parameters(), *model.named_buffers()):

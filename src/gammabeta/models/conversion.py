@@ -15,7 +15,7 @@ from torch.nn.utils import parametrize
 from gammabeta.layers import batch_norm
 from gammabeta.layers._running import RunningMoments
 from gammabeta.models import _fusion
-from gammabeta.models._find import any_kind
+from gammabeta.models._find import any_kind, came
 from gammabeta.models._table import Table
 from gammabeta.ops import _BACKENDS
 
@@ -79,6 +79,7 @@ def convert(
         dry_run: return a copy without changes, with the report of what would be done.
 
     Raises:
+        TypeError: the model is no module.
         ValueError: no such backend; a model wrapped in ``DistributedDataParallel``.
 
     >>> import torch, gammabeta as gb
@@ -100,7 +101,7 @@ def convert(
     result = _fusion.duplicate(model)
     rows: dict[str, Change] = {}
     for name, layer in _every(result).items():
-        before, note = _kind(layer), _why_not_ours(layer)
+        before, note = _kind(layer), why_not_ours(layer)
         if note:
             rows[name] = Change(name, "skipped", before, before, note)
         elif _type(layer) in _OURS:
@@ -133,6 +134,7 @@ def revert(model: nn.Module) -> nn.Module:
     ``copy.deepcopy``.
 
     Raises:
+        TypeError: the model is no module.
         ValueError: a model wrapped in ``DistributedDataParallel``.
 
     >>> import torch, gammabeta as gb
@@ -201,7 +203,16 @@ def _attach(model: nn.Module, rows: dict[str, Change]) -> None:
 # -- one layer --------------------------------------------------------------------------
 
 
-def _check(model: nn.Module, function: str) -> None:
+def _check(model: object, function: str) -> None:
+    if not isinstance(model, nn.Module):
+        cure = "Pass the network itself."
+        if isinstance(model, type):
+            cure = f"Make one first: gb.{function}({model.__name__}(...))."
+        elif isinstance(model, dict):
+            cure = "Load it into the network first: model.load_state_dict(...)."
+        raise TypeError(
+            f"gammabeta.{function}: model must be a torch.nn.Module, got {came(model)}. {cure}"
+        )
     for name, module in model.named_modules():
         if isinstance(module, DistributedDataParallel):
             raise ValueError(
@@ -231,7 +242,7 @@ def _kind(layer: nn.Module) -> str:
     return f"{kind.__module__.split('.')[0]}.{kind.__name__}"
 
 
-def _why_not_ours(layer: nn.Module) -> str:
+def why_not_ours(layer: nn.Module) -> str:
     if isinstance(layer, RunningMoments):
         return ""
     if isinstance(layer, torch.jit.ScriptModule):
