@@ -2,6 +2,7 @@
 
 import copy
 import functools
+import gc
 import json
 import logging
 import math
@@ -163,6 +164,29 @@ def test_what_a_process_meets_but_once_is_no_cost_of_the_recorder():
         rec.step(cross_entropy, batch_for(mlp()))
     assert max(rec.record().series["seconds"].values) < 0.4
     assert rec.overhead < 0.8  # of the loop, that half a second
+
+
+@pytest.mark.parametrize(("skipped", "said"), [(3, True), (2, False)])
+def test_where_most_records_were_skipped_the_end_says_so(skipped, said, caplog):
+    rec = gb.Recorder(nn.Linear(2, 1), every=1, probes=("weights",))
+    loads = iter([0.0, 0.0, *[9.0] * skipped])
+    rec._clock.next_overhead = lambda: next(loads)
+    batch = torch.ones(2, 2), torch.ones(2, 1)
+    for _ in range(2 + skipped):
+        rec.step(nn.functional.mse_loss, batch)
+    assert rec.skipped == skipped
+    with caplog.at_level(logging.INFO, "gammabeta"):
+        del rec
+        gc.collect()
+    assert ("3 of 5 records that were due were skipped" in caplog.text) == said
+    assert ("max_overhead=0.05" in caplog.text) == said
+
+
+def test_x_and_y_one_by_one_are_answered_by_what_to_write():
+    rec = gb.Recorder(nn.Linear(2, 1))
+    with pytest.raises(TypeError, match=r"give \(x, y\) as a pair, rec\.step\(loss_fn, \(x, y\)\)"):
+        rec.step(nn.functional.mse_loss, torch.ones(2, 2), torch.ones(2, 1))
+    assert rec.steps == 0
 
 
 def test_without_a_limit_nothing_is_skipped():

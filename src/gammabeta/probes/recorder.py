@@ -8,6 +8,7 @@ import math
 import os
 import time
 import warnings
+import weakref
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -137,6 +138,9 @@ class Recorder:
         check_optimizer(optimizer, self._model, "Recorder")
         self.steps = 0
         self.skipped = 0
+        self._due = {"taken": 0, "skipped": 0}
+        if max_overhead is not None:
+            weakref.finalize(self, _tell_skipped, self._due, max_overhead)
         self._optimizer = optimizer
         self._limit = math.inf if max_overhead is None else max_overhead
         self._memory: dict[str, dict[str, Any]] = {name: {} for name in self._probes}
@@ -196,7 +200,7 @@ class Recorder:
         self,
         loss_fn: Callable[[Any, Any], Tensor] | None,
         batch: Any,
-        *,
+        *rest: Any,
         forward: Callable[[nn.Module, Any], Tensor] | None = None,
     ) -> Values | None:
         """Count one step, and measure if a record is due.
@@ -208,7 +212,15 @@ class Recorder:
 
         Returns:
             The tensors by probe and name where a record was taken, else None.
+
+        Raises:
+            TypeError: x and y were given one by one, not as a pair.
         """
+        if rest:
+            raise TypeError(
+                f"Recorder.step: the batch must be one argument, got {1 + len(rest)}: give (x, y) "
+                "as a pair, rec.step(loss_fn, (x, y))."
+            )
         number = self.steps
         self.steps += 1
         self._clock.start()
@@ -289,6 +301,7 @@ class Recorder:
             distributed.broadcast(answer, src=0)
             fine = bool(answer)
         self.skipped += not fine
+        self._due["skipped" if not fine else "taken"] += 1
         return fine
 
     def _first(self, build: Callable[[], Step]) -> Step:
@@ -431,6 +444,19 @@ class _Clock:
         self.spent += cost
         self._latest = cost
         self.records += 1
+
+
+def _tell_skipped(due: Mapping[str, int], limit: float) -> None:
+    """At the end, where most records were skipped: a figure of what is left is a coarse one."""
+    if due["skipped"] > due["taken"]:
+        _log.info(
+            "Recorder: %d of %d records that were due were skipped to keep max_overhead=%g. For "
+            "more of them raise it (None for all), or take fewer probes; else a larger every= "
+            "loses nothing.",
+            due["skipped"],
+            due["skipped"] + due["taken"],
+            limit,
+        )
 
 
 def _by_name(probes: Sequence[str | Probe]) -> dict[str, Probe]:
