@@ -1,5 +1,6 @@
 """What the page shows of recorded trainings: every series, the slider, and nothing that runs."""
 
+import importlib
 import json
 import math
 import re
@@ -80,6 +81,37 @@ def test_the_page_of_a_record_says_what_was_measured_and_what_it_cost(path, tmp_
         assert text in html, text
     assert 'id="verdicts"' not in html
     assert str(tmp_path) not in html
+
+
+def test_records_that_were_skipped_for_their_cost_are_counted(tmp_path):
+    def fact(**fields):
+        rows = [row(step) for step in (0, 50, 400, 950, 1450)]
+        found = _records.recording(written(tmp_path / "r.jsonl", *rows, **fields), "r", 0)
+        (tmp_path / "r.jsonl").unlink()
+        return dict(found.facts)["Records"]
+
+    told = "5 of 30 records taken, 25 skipped to stay under 5 % (max_overhead= raises it)"
+    assert fact().endswith(told)
+    assert "skipped" not in fact(max_overhead=None)
+    assert "skipped" not in fact(every=None)
+
+
+def test_a_quantity_with_a_name_that_does_not_say_it_has_a_sentence(tmp_path):
+    """The names are those that the probes give; each sentence is there for one of them."""
+    values = {}
+    for name in _records._MEANINGS:
+        probe, _, quantity = name.partition(": ")
+        key = quantity.replace(" ", "_")
+        values.setdefault(probe.replace(" ", "_"), {})[f"0/{key}"] = 1.0
+    path = written(tmp_path / "r.jsonl", row(0, values=values), row(50, values=values))
+    figures = _records.recording(path, "r", 0).figures
+    said = {figure["title"]: figure["caption"] for figure in figures}
+    for name, sentence in _records._MEANINGS.items():
+        assert sentence in said[name]
+    for probe, quantities in values.items():
+        docs = importlib.import_module(f"gammabeta.probes.{probe}").__doc__
+        for key in quantities:
+            assert re.search(rf"`(<\w+>/)?{key.partition('/')[2]}`", docs), key
 
 
 def test_every_number_of_a_small_record_is_in_the_page(path, tmp_path):
@@ -257,6 +289,10 @@ def test_a_layer_is_pointed_out_by_more_than_its_color(chromium, made):
         draw_all(tab)
         figure = tab.locator("[data-figure='1']")
         assert figure.evaluate(widths) == [1.8, 1]
+        modes = "node => [...node.querySelector('.plot').data].map(t => t.mode)"
+        for at in (0, 1):  # each record is seen, and so is a hole between two
+            found = tab.locator(f"[data-figure='{at}']").evaluate(modes)
+            assert set(found) == {"lines+markers"}
         figure.get_by_label("Point out").select_option(LAYERS[7])
         assert figure.evaluate(widths) == [3.5, 1]
         name = "node => node.querySelector('.plot').data.at(-1).hovertemplate"

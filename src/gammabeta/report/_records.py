@@ -18,6 +18,25 @@ _NUMBERS = 120_000  # of one record in the page, about a megabyte
 _POINTS = 100  # of one vector
 _LOG = 20  # ratio of largest to smallest from which an axis is logarithmic
 _OWN = ("loss", "seconds", "overhead")
+# quantity as the page names it -> one sentence
+_MEANINGS = {
+    "gradients: scaled": "norm of the gradient times norm of the weight, which does not depend on "
+    "the scale of the weight.",
+    "gradients: slope": "decades by which the gradient's norm changes per layer from the output "
+    "back; below 0 it vanishes, above 0 it explodes.",
+    "gradients: slope scaled": "the slope of gradient norm times weight norm, which does not "
+    "depend on the scale of the weights.",
+    "gradients: zero layers": "weight layers whose gradient is exactly 0; they do not learn.",
+    "gradients: dead": "share of units whose activation has derivative 0 for the whole batch; they "
+    "pass no gradient on.",
+    "gradients: saturated": "share of units whose activation is nearly flat for the whole batch, "
+    "the dead ones included.",
+    "weights: growth": "norm of the weight over that at the first record.",
+    "weights: path": "how far the weight has moved, summed from record to record.",
+    "weights: effective lr": "learning rate over the squared norm of the weight: how fast a weight "
+    "in front of a normalization turns.",
+    "covariate shift: path": "how far the distributions have moved, summed from record to record.",
+}
 
 
 @dataclass(frozen=True)
@@ -47,7 +66,7 @@ def recording(path: Path, label: str, place: int) -> Recording:
         ("Model", f"{about['model']}, {number(about['parameters'])} parameters"),
         ("Probes", ", ".join(about["probes"])),
         ("Schedule", every + " steps" * (about["every"] is not None)),
-        ("Records", _extent(record.steps)),
+        ("Records", _extent(record.steps) + _skipped(record)),
         ("Cost", "–" if cost is None else f"{number(100 * cost)} % of the training's time{limit}"),
         ("Versions", f"gammabeta {about['gammabeta']}, torch {about['torch']}"),
     ]
@@ -74,6 +93,29 @@ def _extent(steps: list[int]) -> str:
     if not steps:
         return "none"
     return f"{number(len(steps))}, steps {number(steps[0])} to {number(steps[-1])}"
+
+
+def _skipped(record: Record) -> str:
+    """How many records were due up to the last one and are not there, where the record tells."""
+    every, most = record.about["every"], record.about["max_overhead"]
+    if every is None or most is None or not record.steps:
+        return ""
+    due = record.steps[-1] // every + 1
+    skipped = due - len(record.steps)
+    if skipped <= 0:
+        return ""
+    return (
+        f": {number(len(record.steps))} of {number(due)} records taken, {number(skipped)} skipped "
+        f"to stay under {number(100 * most)} % (max_overhead= raises it)"
+    )
+
+
+def _meant(names: Iterable[str]) -> str:
+    """A sentence for each quantity whose name does not say it."""
+    told = [
+        f" {name.rpartition(': ')[2]}: {_MEANINGS[name]}" for name in names if name in _MEANINGS
+    ]
+    return "".join(told)
 
 
 def _listed(values: Iterable[Any]) -> str:
@@ -160,7 +202,7 @@ def _whole(series: dict[str, Series]) -> dict[str, Any]:
         "kind": "whole",
         "title": "The whole network",
         "caption": "seconds: what a record took. overhead: what all of them took so far, per "
-        "second of the rest of the loop." + _beyond(series),
+        "second of the rest of the loop." + _meant(series) + _beyond(series),
         "alt": f"{len(panels)} panels over the steps: {', '.join(series)}.",
         "panels": panels,
     }
@@ -187,7 +229,7 @@ def _by_layer(quantity: str, kind: str, series: dict[str, Series]) -> dict[str, 
     return {
         "kind": kind,
         "title": quantity,
-        "caption": said + _beyond(series),
+        "caption": said + _meant([quantity]) + _beyond(series),
         "alt": f"{quantity} of {len(layers)} layers ({layers[0]} to {layers[-1]}) at "
         f"{len(steps)} steps ({steps[0]} to {steps[-1]}).",
         "panels": [{"title": title} for title in titles],

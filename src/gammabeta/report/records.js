@@ -67,11 +67,15 @@ const recordFigures = (tools) => {
     const look = lookOf(figure, layer);
     const out = layer === chosen;
     const dim = chosen >= 0 && !out;
+    const many = figure.layers.length > COLORS.length || x.length > 60;
     return {
-      x, y, type: "scatter", mode: look.dash === "solid" && !out ? "lines" : "lines+markers",
+      // Over the steps each record is a marker: between two far apart nothing was measured.
+      x, y, type: "scatter",
+      mode: look.dash === "solid" && !out && figure.kind !== "layers" ? "lines" : "lines+markers",
       opacity: dim ? 0.45 : 1, showlegend: false, connectgaps: false,
       line: { color: out ? css("--ink") : look.color, width: out ? 3.5 : 1.8, dash: look.dash },
-      marker: { color: out ? css("--ink") : look.color, size: 6, symbol: look.symbol, maxdisplayed: 9 },
+      marker: { color: out ? css("--ink") : look.color, symbol: look.symbol,
+        size: many ? 4 : 6, maxdisplayed: figure.kind === "layers" ? 0 : 9 },
       hovertemplate: `<b>${plain(label)}</b><br>${hover}<extra></extra>`,
     };
   }
@@ -173,8 +177,8 @@ const recordFigures = (tools) => {
     for (const [place, panel] of figure.panels.entries()) {
       const color = css("--curve-bn");
       const trace = visible({
-        x: panel.x, y: panel.y, type: "scatter", mode: "lines", showlegend: false,
-        line: { color, width: 2 }, marker: { color, size: 6 },
+        x: panel.x, y: panel.y, type: "scatter", mode: "lines+markers", showlegend: false,
+        line: { color, width: 2 }, marker: { color, size: panel.x.length > 60 ? 3 : 6 },
         hovertemplate: `<b>${plain(panel.title)}</b><br>step %{x}<br>%{y:.4~g}<extra></extra>`,
       });
       react(plotOf(host, place), [trace], layoutOf(axis(extent(panel.x, false), false, 4),
