@@ -234,6 +234,7 @@ def headline() -> list[str]:
         if found := re.match(r"\| \[([\w-]+)\]\(#", line):
             rows[found[1]] = [cell.strip() for cell in line.strip("| ").split(" | ")]
     lines = ["| question | as published | fair | effect, fair |", "|---|---|---|---|"]
+    amended = 0
     for claim in claims().values():
         if not claim.headline:
             continue
@@ -241,10 +242,16 @@ def headline() -> list[str]:
             lines.append(f"| {claim.question} | – | – | no accepted rows yet |")
             continue
         link, published, fair, effect, interval, unit, n = rows[claim.id][:7]
+        if "amended after data" in rows[claim.id][-1]:
+            amended += 1
+            fair += " ¹"
         anchor = link[link.index("(") + 1 : link.index(")")]
         shown = "–" if effect == "–" else f"{effect} ({interval}) {unit}, n = {n}"
         question = f"[{claim.question}](docs/verdicts.md{anchor})"
         lines.append(f"| {question} | {published} | {fair} | {shown} |")
+    if amended:
+        why = "the rule was changed after the first row; protocols say why"
+        lines += ["", f"¹ Amended after data: {why} (`gammabeta study explain CLAIM`)."]
     return lines
 
 
