@@ -4,6 +4,7 @@ import copy
 import json
 import math
 import random
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -17,6 +18,8 @@ import gammabeta as gb
 from gammabeta._check import RULES
 from gammabeta._check._page import explain, page
 from gammabeta.cli import main
+from gammabeta.probes._spread import Spread
+from gammabeta.studies._data import load
 from tests.networks import batch_for, densenet_like, mobilenet_like, resnet_like
 
 PAGE = Path(__file__).resolve().parents[1] / "docs" / "check.md"
@@ -285,6 +288,11 @@ CURES = {  # where the line printed is for the training loop or the data, not fo
 MADE_ANEW = "  # then make the optimizer anew"
 
 
+def hers(given):
+    """What stands around the line where it is printed."""
+    return {"step": given.get("step"), "batch": given["batch"]}
+
+
 def gentle(step, around):
     def within(model, batch):
         with around(model):
@@ -306,7 +314,9 @@ def test_the_cure_that_is_printed_cures(defect, norm):
     code = DEFECTS[defect]
     (cure,) = (f.cure for f in found if f.code == code)
     assert "\n" not in cure
+    compile(cure, "cure", "exec")
     if defect in CURES:
+        exec(cure, {"model": model, "gb": gb, "torch": torch, **hers(given)})
         given = {**given, **CURES[defect](model, given)}
         model = gb.convert(model) if defect is looking_elsewhere else model
     else:
@@ -318,6 +328,68 @@ def test_the_cure_that_is_printed_cures(defect, norm):
         if cure.endswith(MADE_ANEW):
             given["optimizer"] = torch.optim.SGD(model.fc.parameters(), lr=0.1)
     assert code not in gb.check(model, **given).codes
+
+
+@pytest.mark.parametrize("code", RULES)
+def test_the_cures_of_a_rules_example_are_python_that_runs(code):
+    (example,) = re.findall(r"```python\n(.*?)```", explain(code), re.S)
+    torch.manual_seed(0)
+    names = {"torch": torch, "nn": nn, "copy": copy, "x": torch.randn(512, 8), "print": list}
+    cures = []
+
+    class Listening:
+        def __getattr__(self, name):
+            return check if name == "check" else getattr(gb, name)
+
+    def check(model, *args, **given):
+        found = gb.check(model, *args, **given)
+        cures.extend((finding.cure, copy.deepcopy(model)) for finding in found)
+        return found
+
+    exec(example, {**names, "gb": Listening()})
+    assert cures
+    for cure, model in cures:
+        around = {"step": lambda m, b: m(b), "batch": names["x"], "batches": [names["x"]]}
+        exec(cure, {**names, **around, "gb": gb, "model": model})
+
+
+class Own(nn.BatchNorm1d):
+    """A subclass, which gb.convert leaves as it is."""
+
+
+@pytest.mark.parametrize("kind", [nn.BatchNorm1d, gb.BatchNorm1d, Own])
+@pytest.mark.parametrize("apart", [False, True])
+def test_the_cure_of_what_is_frozen_runs_and_cures_for_layers_of_any_kind(kind, apart):
+    layers = [nn.Linear(8, 16, bias=False), kind(16), nn.Linear(16, 16, bias=False), kind(16)]
+    model = nn.Sequential(*layers)
+    for layer in layers if apart else layers[:2]:
+        layer.requires_grad_(isinstance(layer, nn.Linear) and apart)
+    x = torch.randn(256, 8)
+    gb.calibrate(model, [x])
+    (finding,) = gb.check(model, x, select="BN002")
+    assert len(finding.places) == 1 + apart
+    names = {"model": model, "gb": gb}
+    exec(finding.cure, names)
+    before = copy.deepcopy(dict(names["model"].named_buffers()))
+    if kind is Own:
+        assert finding.cure.endswith("# after each model.train()")
+    else:
+        names["model"].train()
+    names["model"](x + 1)
+    for name in finding.places:
+        key = f"{name}.running_mean"
+        assert torch.equal(before[key], names["model"].get_buffer(key))
+
+
+@pytest.mark.parametrize("norm", ["nn", "gb"])
+def test_the_cures_of_small_batches_run_on_layers_of_either_kind(norm):
+    model, _, found = found_in(few, norm)
+    line, alternative = found[0].cure.split("  # or ")
+    names = {}
+    exec(line, names)
+    assert names["batch_size"] == 6
+    assert gb.check(model, batch_for(model, names["batch_size"]), select="BN006") == []
+    assert alternative.startswith("after model = gb.convert(model) gb.freeze") == (norm == "nn")
 
 
 @pytest.mark.parametrize("norm", ["nn", "gb"])
@@ -504,6 +576,160 @@ def test_momentum_is_judged_by_its_half_life():
     assert gb.check(model, epoch=1, select="BN007") == []
 
 
+# -- on real trainings ----------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def digits():
+    data = load("digits")
+    x, y = data.train_x.float() / data.train_x.max(), data.train_y
+    x = x.reshape(len(x), -1)
+    return x[:-300], y[:-300], x[-300:], y[-300:]
+
+
+def perceptron(norm):
+    torch.manual_seed(0)
+    kind = {"nn": nn.BatchNorm1d, "gb": gb.BatchNorm1d}[norm]
+    layers = [nn.Linear(64, 64, bias=False), kind(64), nn.ReLU()]
+    layers += [nn.Linear(64, 64, bias=False), kind(64), nn.ReLU(), nn.Linear(64, 10)]
+    return nn.Sequential(*layers)
+
+
+def trained(model, batches, epochs=5, momentum=0.9):
+    """Trains in the mode that the model is in."""
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.05, momentum=momentum)
+    for _ in range(epochs):
+        for x, y in batches():
+            optimizer.zero_grad()
+            nn.functional.cross_entropy(model(x), y).backward()
+            optimizer.step()
+    return optimizer
+
+
+def accuracy(model, x, y):
+    return float((model(x).argmax(1) == y).double().mean())
+
+
+def shuffled(x, y):
+    return [(x[rows], y[rows]) for rows in torch.randperm(len(x)).split(64)[:-1]]
+
+
+@pytest.mark.parametrize("norm", ["nn", "gb"])
+@pytest.mark.parametrize("momentum", [0.0, 0.9])
+def test_where_train_was_forgotten_the_cure_is_to_train_again(digits, norm, momentum):
+    x, y, test_x, test_y = digits
+    model = perceptron(norm).eval()
+    optimizer = trained(model, lambda: shuffled(x, y), momentum=momentum)
+    planted = accuracy(model, test_x, test_y)
+    for mode in (False, True):
+        found = gb.check(model.train(mode), (x[:256], y[:256]), optimizer)
+        assert found.codes == ("BN004",)
+        assert "in eval mode" in found[0].effect
+        assert "weights that were loaded without their buffers" in found[0].effect
+        assert found[0].cure.startswith("model.train()")
+    cured = perceptron(norm)
+    exec(found[0].cure, {"model": cured})
+    optimizer = trained(cured, lambda: shuffled(x, y), momentum=momentum)
+    assert gb.check(cured, (x[:256], y[:256]), optimizer, select="BN004") == []
+    assert accuracy(cured.eval(), test_x, test_y) > max(0.85, planted + 0.05)
+
+
+@pytest.mark.parametrize("norm", ["nn", "gb"])
+def test_where_buffers_were_not_loaded_the_cure_is_to_calibrate(digits, norm):
+    x, y, test_x, test_y = digits
+    model = perceptron(norm).train()
+    trained(model, lambda: shuffled(x, y))
+    weights = {key: value for key, value in model.state_dict().items() if "running" not in key}
+    weights = {key: value for key, value in weights.items() if "tracked" not in key}
+    loaded = perceptron(norm).eval()
+    loaded.load_state_dict(weights, strict=False)
+    optimizer = torch.optim.SGD(loaded.parameters(), lr=0.05, momentum=0.9)
+    planted = accuracy(loaded, test_x, test_y)
+    found = gb.check(loaded, (x[:256], y[:256]), optimizer)
+    assert found.codes == ("BN004",)
+    assert "eval mode, call" not in found[0].effect
+    exec(found[0].cure, {"gb": gb, "model": loaded, "batches": shuffled(x, y)})
+    wanted = accuracy(model.eval(), test_x, test_y)
+    assert accuracy(loaded, test_x, test_y) > wanted - 0.02 > planted + 0.05
+
+
+def domains(x, y, mixed):
+    """Batches, each of one of two domains, or of both."""
+    found = []
+    for number, (part, labels) in enumerate(shuffled(x, y)):
+        other = torch.rand(len(part), 1) < 0.5 if mixed else torch.tensor(number % 2 == 1)
+        found.append((torch.where(other, 3 * part + 4, part), labels))
+    return found
+
+
+@pytest.mark.parametrize("norm", ["nn", "gb"])
+def test_batches_of_two_domains_are_named_and_mixing_them_cures(digits, norm):
+    x, y, *_ = digits
+    right = {}
+    for mixed in (False, True):
+        model = perceptron(norm)
+        optimizer = trained(model, lambda mixed=mixed: domains(x, y, mixed), epochs=8)
+        both = domains(x, y, mixed)
+        if mixed:
+            gb.calibrate(model, both)
+        right[mixed] = [
+            sum(accuracy(copy.deepcopy(model).train(mode), *batch) for batch in both) / len(both)
+            for mode in (True, False)
+        ]
+        found = gb.check(model.train(), both[0], optimizer, batches=both)
+        table = gb.gap(model, both)
+        assert ("fall into groups" in str(table)) == (not mixed)
+        if mixed:
+            assert found == [], found
+            assert table.groups == {}
+        else:
+            assert found.codes == ("BN005",)
+            assert "groups whose statistics differ" in found[0].effect
+            assert "gb.calibrate" not in found[0].cure
+            exec(found[0].cure, {})
+            assert set(found[0].places) == set(table.groups) >= {"1"}
+            assert "larger batches" not in str(table)
+            assert all("calibrate" not in row.cure for row in table if row.cause == "noise")
+    assert right[False][0] > 0.9 > 0.6 > right[False][1]
+    assert right[True][1] > 0.85
+
+
+def groups_of(batches):
+    spread = Spread()
+    for batch in batches:
+        spread.of(batch)(("", 0), batch, None)
+    return spread.groups()
+
+
+@pytest.mark.parametrize("size", [4, 16, 64, 256])
+@pytest.mark.parametrize("number", [2, 6])
+def test_shuffled_batches_do_not_fall_into_groups(digits, size, number):
+    x = digits[0]
+    torch.manual_seed(0)
+    heavy = torch.distributions.StudentT(3.0).sample((1497, 5))
+    for population in (x, x.reshape(-1, 8, 8), heavy):
+        if size * number > len(population):
+            population = torch.cat([population, population])
+        for _ in range(200):
+            rows = torch.randperm(len(population))[: size * number]
+            assert groups_of(population[rows].split(size)) == {}
+
+
+@pytest.mark.parametrize("change", [lambda x: x + 0.5, lambda x: 2 * x], ids=["mean", "scale"])
+def test_batches_of_which_each_second_is_of_another_domain_fall_into_groups(digits, change):
+    torch.manual_seed(0)
+    x = torch.randn(8, 64, 5)
+    found = groups_of([change(part) if number % 2 else part for number, part in enumerate(x)])
+    assert found.keys() == {""}
+    assert groups_of(x) == {}
+
+
+def test_batches_of_one_class_each_fall_into_groups(digits):
+    x, y, *_ = digits
+    apart = groups_of([x[y == label][:64] for label in range(10)])[""]
+    assert apart.mean > 0.25
+
+
 # -- without a trace ------------------------------------------------------------------------------
 
 
@@ -641,6 +867,27 @@ def test_without_a_batch_rules_that_need_one_say_so():
     assert str(found).endswith("a batch is\nneeded, batch=.") or "batch=" in str(found)
 
 
+def test_rules_that_are_tried_in_part_say_what_would_make_them_whole(tmp_path):
+    model = calibrated(resnet_like, "gb")
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    batches = [batch_for(model, 64, seed) for seed in range(4)]
+    found = gb.check(model, batches[0], optimizer)
+    assert found.partly.keys() == {"BN001", "BN003", "BN005", "BN007"}
+    assert set(found.partly) <= set(found.tried)
+    assert "10 rules tried, 4 of them in part." in str(found)
+    assert "In part: BN003 for model.eval() only: give evaluate=." in str(found)
+    whole = {"batches": batches, "step": ordinary(optimizer), "epoch": 100}
+    whole["evaluate"] = lambda model, batch: model.eval()(batch[0])
+    found = gb.check(model, batches[0], optimizer, **whole)
+    assert found.partly == {}
+    assert str(found) == "No findings, 10 rules tried."
+
+
+def test_sorted_data_are_told_to_be_given_as_training_draws_them():
+    _, _, found = found_in(stale, "nn")
+    assert "Give batches as training draws them" in found[0].effect
+
+
 def test_select_and_ignore_choose_rules():
     model, given, _ = found_in(decay_for_momentum, "gb")
     assert gb.check(model, given["batch"], select="bn007,BN009").tried == ("BN007", "BN009")
@@ -774,8 +1021,12 @@ def test_the_command_leaves_with_1_for_findings_and_0_without(factories, capsys)
     assert out.startswith("BN009 bias before the layer\n")
     code, out, _ = command(capsys, f"{factories}:clean")
     assert code == 0
-    assert out.startswith("No findings, 9 rules tried.")
-    assert command(capsys, f"{factories}:model")[0] == 0
+    assert out.startswith("No findings, 9 rules tried, 3 of them in part.\n")
+    assert "In part: BN003 for model.eval() only: let clean() return a dict with 'evaluate'." in out
+    code, out, _ = command(capsys, f"{factories}:model")
+    assert code == 0
+    assert "let model() return (model, batch, optimizer)" in " ".join(out.split())
+    assert "batch=" not in out
     assert command(capsys, f"{factories}:faulty", "--ignore", "BN009")[0] == 0
     assert command(capsys, f"{factories}:faulty", "--select", "BN001,BN002")[0] == 0
 
@@ -788,6 +1039,7 @@ def test_the_command_tells_the_same_as_json(factories, capsys):
     assert told["findings"][0]["places"] == ["0"]
     assert told["skipped"].keys() == {"BN005"}
     assert len(told["tried"]) == 9
+    assert told["partly"].keys() == {"BN001", "BN003", "BN007"}
 
 
 def test_what_a_factory_prints_is_no_part_of_the_json(factories, capsys):
@@ -816,6 +1068,8 @@ def test_the_help_has_examples_at_80_columns(capsys, monkeypatch):
     [
         ([], "A model was expected"),
         (["{}"], "MODULE:FACTORY was expected"),
+        (["{}.py:clean"], "got a file: write {}:clean"),
+        (["src/train.py:build"], "write src.train:build"),
         (["there_is_no_such_module:f"], "There is no module 'there_is_no_such_module'"),
         (["{}:absent"], "has no 'absent'"),
         (["{}:number"], "must be a function, got int"),
@@ -833,7 +1087,7 @@ def test_the_help_has_examples_at_80_columns(capsys, monkeypatch):
 def test_what_the_command_cannot_use_is_said_with_code_2(factories, capsys, words, said):
     code, out, err = command(capsys, *(word.format(factories) for word in words))
     assert (code, out) == (2, "")
-    assert said in err
+    assert (said.format(factories) if "write" in said else said) in err
 
 
 def test_the_command_finds_modules_beside_it(factories):

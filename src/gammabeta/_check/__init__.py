@@ -29,13 +29,20 @@ from gammabeta.models._population import Forward
 RULES = {
     rule.code: rule
     for rule in (
-        Rule("BN001", "statistics counted twice per optimizer step", counted_twice),
-        Rule("BN002", "frozen but updating", frozen_but_updating),
-        Rule("BN003", "updating outside training", outside_training),
+        Rule(
+            "BN001",
+            "statistics counted twice per optimizer step",
+            counted_twice,
+            ("step", "recomputation"),
+        ),
+        Rule("BN002", "frozen but updating", frozen_but_updating, ("optimizer", "requires_grad")),
+        Rule("BN003", "updating outside training", outside_training, ("evaluate", "model.eval()")),
         Rule("BN004", "statistics not finite or never updated", not_usable),
-        Rule("BN005", "train/eval gap above 5 %", differs),
+        Rule("BN005", "train/eval gap above 5 %", differs, ("batches", "parts of one batch")),
         Rule("BN006", "fewer than 16 values per channel", few_values),
-        Rule("BN007", "momentum 0, above 0.5, or too small", momentum),
+        Rule(
+            "BN007", "momentum 0, above 0.5, or too small", momentum, ("epoch", "0 and above 0.5")
+        ),
         Rule("BN008", "dropout before the layer", dropout_before),
         Rule("BN009", "bias before the layer", bias_before),
         Rule("BN010", "one layer at several sites", several_sites),
@@ -60,15 +67,16 @@ def check(
 
     Each finding has the rule's code, the places, the effect measured in this model, and the cure
     as a line of code. Nothing of the model, the optimizer or the random states changes. Rules that
-    need what was not given say so in ``skipped``. The guide docs/check.md, and
-    :func:`gammabeta.gap` for BN005, tell of each rule.
+    need what was not given say so in ``skipped``, those that it would make whole in ``partly``. The
+    guide docs/check.md, and :func:`gammabeta.gap` for BN005, tell of each rule.
 
     Args:
         model: any module, as you use it: in training mode while it trains, in eval mode when it
             is to be used. The layers may be ours or ``torch.nn``'s.
         batch: one batch as in training, x or (x, y); better at least 64 values a channel.
         optimizer: the one of the training; shows which parameters it trains.
-        batches: several batches, with which the train/eval gap (BN005) is measured more exactly.
+        batches: several batches as training draws them, with which the train/eval gap (BN005) is
+            measured more exactly, and groups of batches are seen.
         forward: ``forward(model, batch)`` runs the model on a batch. Without it, of a tuple or
             list the first element is the input, a mapping holds keyword arguments.
         step: ``step(model, batch)``, your whole training step, tried once and undone; give the
@@ -95,7 +103,11 @@ def check(
         effect  momentum 0.9: the average has 90 % of the noise of a single batch
                 (23 % at 0.1)
         cure    model[1].momentum = 0.1
-    1 finding, 9 rules tried.
+    1 finding, 9 rules tried, 4 of them in part.
+    In part: BN001 for recomputation only: give step=.
+    In part: BN002 for requires_grad only: give optimizer=.
+    In part: BN003 for model.eval() only: give evaluate=.
+    In part: BN007 for 0 and above 0.5 only: give epoch=.
     Not tried: BN005: no batch of training has entered the running statistics yet.
 
     Source: each rule's.
@@ -112,7 +124,7 @@ def check(
             "without. There is nothing to check."
         )
     _holding(evidence)
-    findings, tried, skipped = [], [], {}
+    findings, tried, skipped, partly = [], [], {}, {}
     for code in sorted(chosen):
         rule = RULES[code]
         try:
@@ -121,12 +133,14 @@ def check(
             skipped[code] = str(reason)
             continue
         tried.append(code)
+        if rule.without is not None and not evidence.has(rule.without[0]):
+            partly[code] = f"for {rule.without[1]} only: give {rule.without[0]}="
         if found is not None:
             places = tuple(found.values)
             findings.append(
                 Finding(code, rule.title, places, found.effect, found.cure, found.values)
             )
-    return Findings(findings, tried, skipped)
+    return Findings(findings, tried, skipped, partly)
 
 
 def _holding(evidence: Evidence) -> None:

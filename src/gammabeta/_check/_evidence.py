@@ -24,6 +24,7 @@ from gammabeta.ops import _torch
 from gammabeta.probes._modes import Layer, Modes, epsilon, pair, per_channel
 from gammabeta.probes.train_eval import GapTable, finite, gap
 
+NO_BATCH = "a batch is needed, batch="
 _DRAWS = 4  # of dropout masks
 _PARTS = 8  # of a batch, where the gap is measured with one
 
@@ -115,7 +116,7 @@ class Evidence:
     @property
     def batch(self) -> Any:
         if self._batch is None:
-            raise Untried("a batch is needed, batch=")
+            raise Untried(NO_BATCH)
         return self._batch
 
     @cached_property
@@ -302,6 +303,10 @@ class Evidence:
     def several(self) -> bool:
         """Whether there are batches of their own to measure the gap with."""
         return self._batches is not None and len(self._batches) > 1
+
+    def has(self, argument: str) -> bool:
+        """Whether this argument of the check was given."""
+        return self.several if argument == "batches" else getattr(self, argument) is not None
 
     @cached_property
     def compared(self) -> list[Any]:

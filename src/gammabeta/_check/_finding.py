@@ -42,13 +42,18 @@ class Findings(list[Finding]):
     Attributes:
         skipped: rules that could not be tried, and why.
         tried: codes of those that were.
+        partly: of those, the ones that were tried in part, and what would make them whole.
     """
 
     def __init__(
-        self, findings: Iterable[Finding], tried: Iterable[str], skipped: Mapping[str, str]
+        self,
+        findings: Iterable[Finding],
+        tried: Iterable[str],
+        skipped: Mapping[str, str],
+        partly: Mapping[str, str],
     ) -> None:
         super().__init__(findings)
-        self.tried, self.skipped = tuple(tried), dict(skipped)
+        self.tried, self.skipped, self.partly = tuple(tried), dict(skipped), dict(partly)
 
     @property
     def codes(self) -> tuple[str, ...]:
@@ -58,7 +63,9 @@ class Findings(list[Finding]):
     def __str__(self) -> str:
         number = f"{len(self)} finding{'' if len(self) == 1 else 's'}" if self else "No findings"
         rules = f"{len(self.tried)} rule{'' if len(self.tried) == 1 else 's'} tried"
+        rules += f", {len(self.partly)} of them in part" if self.partly else ""
         lines = [*map(str, self), f"{number}, {rules}."]
+        lines += [f"In part: {code} {what}." for code, what in self.partly.items()]
         for reason in dict.fromkeys(self.skipped.values()):
             codes = ", ".join(code for code, why in self.skipped.items() if why == reason)
             lines += textwrap.wrap(f"Not tried: {codes}: {reason}.", 80)
@@ -72,11 +79,16 @@ class Untried(Exception):
 
 
 class Rule(NamedTuple):
-    """A rule: its docstring is the explanation."""
+    """A rule: its docstring is the explanation.
+
+    Attributes:
+        without: an argument of the check, and what the rule is tried for where that is not given.
+    """
 
     code: str
     title: str
     find: Callable[[Evidence], Found | None]
+    without: tuple[str, str] | None = None
 
 
 class Found(NamedTuple):

@@ -36,7 +36,8 @@ gammabeta check --explain BN004
 
 A batch of real data is what most rules need; without one, those that can still be tried are. The
 other arguments make rules sharper: `optimizer=` (BN002, BN004), `batches=` (BN005), `step=`
-(BN001), `evaluate=` (BN003), `epoch=` (BN007). What was not tried, and why, stands at the end.
+(BN001), `evaluate=` (BN003), `epoch=` (BN007). What was not tried, or only in part, and why, stands
+at the end.
 
 This page is made from the rules by `python -m tests.test_check`. Its examples run one after the
 other, after these lines:

@@ -9,6 +9,7 @@ import torch
 
 from gammabeta._check._evidence import Evidence
 from gammabeta._check._finding import Found, Untried, percent, worst
+from gammabeta.models._population import tensors
 
 _VALUES = 16
 _CHANGE = 0.05
@@ -57,9 +58,11 @@ def few_values(evidence: Evidence) -> Found | None:
         if place in noise:
             effect += f", and noise moves the layer's output by {percent(noise[place])}"
     factor = math.ceil(_VALUES / max(least, 1))
-    return Found(
-        values, effect, f"batch_size *= {factor}  # or gb.sync_statistics(model), gb.freeze(model)"
-    )
+    size = next((len(t) for t in tensors(evidence.batch) if t.dim()), 0)
+    cure = f"batch_size = {factor * size}" if size else f"# batches {factor} times as large"
+    converted = "" if evidence.ours(values) else "after model = gb.convert(model) "
+    cure += f"  # or {converted}gb.freeze(model) or, over all ranks, gb.sync_statistics(model)"
+    return Found(values, effect, cure)
 
 
 def dropout_before(evidence: Evidence) -> Found | None:

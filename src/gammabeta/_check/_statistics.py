@@ -7,7 +7,7 @@ import math
 from gammabeta._check._evidence import Evidence
 from gammabeta._check._finding import Found, Untried, percent, worst
 from gammabeta.probes._modes import pair
-from gammabeta.probes.train_eval import CAUSES, LayerGap
+from gammabeta.probes.train_eval import CAUSES, GROUPS, LayerGap
 
 _GAP = 0.05
 _SAID = {
@@ -23,17 +23,20 @@ def not_usable(evidence: Evidence) -> Found | None:
     """Running statistics are NaN or infinite, or no batch ever entered them.
 
     **Why.** One batch with a NaN stays in PyTorch's buffers for ever, and every output in eval mode
-    is NaN. Statistics that are still 0 and 1 (weights loaded without buffers, a layer that
-    training left in eval mode) make eval mode another network than the one that was trained.
+    is NaN. Statistics that are still 0 and 1 (weights loaded without buffers) make eval mode
+    another network than the one that was trained. Where it was eval mode that was trained
+    (`model.train()` forgotten) nothing has been normalized by a batch, and calibration makes
+    another network of it.
 
     **Fires** where a running mean or variance is not finite or a variance negative, and where they
     are exactly 0 and 1 without a batch counted, if the model is in eval mode, other layers have
-    counted batches, or the optimizer has taken steps. Values: channels that are not finite or, of
-    untouched layers, how far the mean of the batch is from 0 in standard deviations (without
-    batch, 0).
+    counted batches, or weights were trained: the optimizer holds a state, or γ and β have moved and
+    gradients are there. Values: channels that are not finite or, of untouched layers, how far the
+    mean of the batch is from 0 in standard deviations (without batch, 0).
 
-    **Cure.** `gb.calibrate(model, batches)`. The layers of this package keep batches out that are
-    not finite; `gb.skipped` counts them.
+    **Cure.** `gb.calibrate(model, batches)`; where weights were trained, `model.train()` in the
+    training loop, and another training. The layers of this package keep batches out that are not
+    finite; `gb.skipped` counts them.
 
     ```python
     model = nn.Sequential(nn.Linear(8, 16, bias=False), nn.BatchNorm1d(16))
@@ -77,7 +80,27 @@ def not_usable(evidence: Evidence) -> Found | None:
             f", where the batch has means up to {shift:.2g} standard deviations away and a "
             f"standard deviation of {spread:.2g} ({place})"
         )
+    if _stepped(evidence):
+        effect += (
+            ". The weights were trained: in eval mode, call model.train() in the training loop and "
+            "train again; gb.calibrate is for weights that were loaded without their buffers"
+        )
+        return Found(values, effect, "model.train()  # in the training loop, and train again")
     return Found(values, effect, "gb.calibrate(model, batches)")
+
+
+def _stepped(evidence: Evidence) -> bool:
+    """Whether the weights were trained in this process, as far as it can be seen."""
+    state = {} if evidence.optimizer is None else evidence.optimizer.state
+    if any(value is not None for held in state.values() for value in held.values()):
+        return True
+    # plain gradient descent has no state
+    for layer in evidence.layers.values():
+        for name, initial in (("weight", 1), ("bias", 0)):
+            value = layer._parameters.get(name)
+            if value is not None and value.grad is not None and bool((value != initial).any()):
+                return True
+    return False
 
 
 def _untouched(evidence: Evidence) -> list[str]:
@@ -87,8 +110,7 @@ def _untouched(evidence: Evidence) -> list[str]:
         if name in evidence.initial and not evidence.counted(name) and layer.momentum != 0
     ]
     used = any(evidence.counted(name) for name in evidence.layers)
-    stepped = evidence.optimizer is not None and bool(evidence.optimizer.state)
-    if evidence.given.training and not used and not stepped:
+    if evidence.given.training and not used and not _stepped(evidence):
         return []
     if evidence._batch is not None:  # what no forward pass reaches does no harm
         fresh = [name for name in fresh if name in evidence.seen.calls]
@@ -105,10 +127,20 @@ def differs(evidence: Evidence) -> Found | None:
     of its standard deviation, and 2.4 times what chance makes of it. Measured by `gb.gap`, which
     names the cause, between eight parts of the batch (fewer, where these had less than 16 values
     per channel) or, more exactly, between several `batches=`: of n of them, chance is the noise of
-    one divided by √n. Not before the first batch of training, nor where BN004 says it all. Values:
-    the systematic difference.
+    one divided by √n. Give batches as training draws them: the first samples of data that are
+    sorted are of other statistics. Not before the first batch of training, nor where BN004 says it
+    all. Values: the systematic difference.
 
-    **Cure.** That of the cause; mostly `gb.calibrate(model, batches)`.
+    With several `batches=` also where eval mode differs by more than 5 % in all, and batches fall
+    into groups whose statistics differ, as when each is of one domain, or of one class: means or
+    variances of whole batches then vary more than in draws from one population (variance between
+    batches over variance within, beyond 5 standard deviations of chance), and by more than the
+    noise of 16 values, which BN006 allows. Training normalizes each group by its own statistics,
+    and one running average fits none. Values: that deviation of the means, or of the variances.
+
+    **Cure.** That of the cause; mostly `gb.calibrate(model, batches)`. Against groups calibration
+    does not help: mix them in each batch, or normalize each domain by its own statistics, with
+    batch normalizations of its own.
 
     ```python
     model = nn.Sequential(nn.Linear(8, 16, bias=False), gb.BatchNorm1d(16))
@@ -118,9 +150,14 @@ def differs(evidence: Evidence) -> Found | None:
     print(gb.check(model, x, select="BN005"))
     gb.calibrate(model, [x])
     assert not gb.check(model, x, select="BN005")
+    batches = [x[:256], 3 * x[256:] + 2]  # two domains, each in batches of its own
+    print(gb.check(model, batches=batches, select="BN005"))
+    batches = torch.cat(batches)[torch.randperm(512)].split(256)
+    gb.calibrate(model, batches)
+    assert not gb.check(model, batches=batches, select="BN005")
     ```
 
-    Source: Wu & Johnson 2021, arXiv:2105.07576, section 3.
+    Source: Wu & Johnson 2021, arXiv:2105.07576, sections 3 and 5.
     """
     _ = evidence.batch
     if not any(pair(evidence.updating[n]) for n in evidence.seen.calls if n in evidence.updating):
@@ -136,6 +173,17 @@ def differs(evidence: Evidence) -> Found | None:
     rows: list[LayerGap] = [*evidence.gaps]
     if evidence.gaps.output is not None:
         rows.append(evidence.gaps.output)
+    most = max(rows, key=lambda row: row.gap)
+    if evidence.several and evidence.gaps.groups and most.gap > _GAP:
+        place, apart = max(evidence.gaps.groups.items(), key=lambda item: max(item[1]))
+        effect = (
+            "batches fall into groups whose statistics differ: at "
+            f"{place or 'the model'} means of batches by {apart.mean:.2g} standard deviations, "
+            f"variances by {percent(apart.var)}, beyond chance. Training normalizes each group by "
+            f"its own, eval mode all by one average: it differs by {percent(most.gap)} in "
+            f"{most.name or 'the model'}"
+        )
+        return Found({k: max(v) for k, v in evidence.gaps.groups.items()}, effect, GROUPS)
     found = [row for row in rows if _matters(row, len(evidence.compared))]
     if not found:
         return None
@@ -147,6 +195,8 @@ def differs(evidence: Evidence) -> Found | None:
         f"eval mode differs from training by {percent(most.systematic)} of the standard deviation "
         f"of {most.name or 'the model'}; cause: {_SAID[cause]} ({cause}, {min(share, 1):.0%} of it)"
     )
+    if cause == "stale":
+        effect += ". Give batches as training draws them: of others the statistics are others"
     layers = {row.name: row.systematic for row in found}
     return Found(layers, effect, CAUSES[cause][1])
 

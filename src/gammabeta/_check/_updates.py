@@ -6,8 +6,9 @@ import math
 
 from torch import nn
 
-from gammabeta._check._evidence import Evidence
+from gammabeta._check._evidence import NO_BATCH, Evidence
 from gammabeta._check._finding import Found, Untried, listed, worst
+from gammabeta.models.conversion import why_not_ours
 
 
 def counted_twice(evidence: Evidence) -> Found | None:
@@ -148,9 +149,14 @@ def frozen_but_updating(evidence: Evidence) -> Found | None:
         values = {name: evidence.layers[name].momentum or 0.0 for name in found}
         effect = f"each training batch enters the running statistics of {listed(found)}"
     whole = _around(evidence, set(found))
+    if any(why_not_ours(evidence.layers[name]) for name in found):
+        # gb.convert leaves them as they are, and gb.freeze knows them not
+        each = f"{evidence.root}.get_submodule(name)"
+        cure = f"for name in {whole!r}: {each}.eval()  # after each model.train()"
+        return Found(values, effect, cure)
     cure = f"gb.freeze({evidence.path(whole[0])})"
     if len(whole) > 1:
-        cure = f"for name in {whole!r}: gb.freeze({evidence.root}.get_submodule(name))"
+        cure = f"[gb.freeze({evidence.root}.get_submodule(name)) for name in {whole!r}]"
     if not evidence.ours(found):
         cure = f"model = gb.convert(model); {cure}"
         if evidence.optimizer is not None:
@@ -206,7 +212,7 @@ def outside_training(evidence: Evidence) -> Found | None:
             )
             return Found(moved, effect, cure)
     elif evidence._batch is None:
-        raise Untried("a batch is needed, batch=")
+        raise Untried(NO_BATCH)
     moved = evidence.seen.moved if evidence._batch is not None else {}
     if not moved:
         return None

@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext, redirect_stdout
 from importlib import import_module
 from inspect import signature
+from pathlib import PurePath
 from typing import Annotated, Any
 
 from cyclopts import Group, Parameter
@@ -50,6 +51,7 @@ def check(
     """
     with usable():
         from gammabeta._check import check as find
+        from gammabeta._check._evidence import NO_BATCH
         from gammabeta._check._finding import jsonable
         from gammabeta._check._page import explain as explained
 
@@ -71,9 +73,21 @@ def check(
         redirected = redirect_stdout(sys.stderr) if json else nullcontext()
         with redirected, _theirs(f"Checking what {target} returned"):
             found = find(arguments.pop("model"), **arguments)
+        factory = target.rpartition(":")[2]
+        for code, reason in found.skipped.items():
+            if reason == NO_BATCH:
+                found.skipped[code] = f"let {factory}() return (model, batch, optimizer)"
+        for code, what in found.partly.items():
+            argument = what.rpartition("give ")[2].removesuffix("=")
+            if argument != "optimizer":
+                what = what.replace(
+                    f"give {argument}=", f"let {factory}() return a dict with {argument!r}"
+                )
+                found.partly[code] = what
     if json:
         findings = [jsonable(finding) for finding in found]
-        dump({"findings": findings, "tried": list(found.tried), "skipped": found.skipped})
+        told = {"tried": list(found.tried), "partly": found.partly, "skipped": found.skipped}
+        dump({"findings": findings, **told})
     else:
         print(found)
     return FAILED if found else FINE
@@ -135,6 +149,12 @@ def _made(target: str) -> dict[str, Any]:
 
 def _factory(target: str) -> Callable[[], Any]:
     module, colon, path = target.partition(":")
+    if module.endswith(".py"):
+        dotted = ".".join(PurePath(module).with_suffix("").parts)
+        raise Unusable(
+            "MODULE:FACTORY was expected, with a module as it is imported, got a file: write "
+            f"{dotted}:{path or 'build'}."
+        )
     if not (module and colon and path):
         raise Unusable(f"MODULE:FACTORY was expected, such as train:build, got {target!r}.")
     if "" not in sys.path:

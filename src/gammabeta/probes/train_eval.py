@@ -32,7 +32,8 @@ would be left with batches of any size.
 
 Cost: about 10 forward passes a batch without gradients, and twice the memory of all layers' outputs
 for one batch; the batches are held in memory. Below 5 % nothing needs to be done. Noise is no
-defect of the statistics: calibration does not change it.
+defect of the statistics: calibration does not change it. Larger batches do, unless batches fall
+into groups whose statistics differ (each of one domain, or one class): ``groups`` tells where.
 
 Source: the counterfactuals are this package's own. The causes: Ioffe 2017, arXiv:1702.03275
 (small batches); Wu & Johnson 2021, arXiv:2105.07576, sections 3 and 5 (averages, domains); Li et
@@ -50,9 +51,10 @@ import torch
 from torch import Tensor, nn
 
 from gammabeta._guard import Held, unwrap
-from gammabeta.models._population import Forward, run, tensors
+from gammabeta.models._population import Forward, run, tensors, watch
 from gammabeta.moments import Moments
 from gammabeta.probes._modes import OUTPUT, Modes, Statistics, Step
+from gammabeta.probes._spread import Apart, Spread
 
 _NOTHING = 0.01  # a gap below this has no cause worth a name
 
@@ -65,6 +67,10 @@ CAUSES = {
     "dropout": ("dropout", "gb.calibrate(model, batches)  # or dropout behind the last layer"),
     "noise": ("noise", "larger batches in training, or gb.sync_statistics(model)"),
 }
+# the cure of noise that is more than chance
+GROUPS = (
+    "# mix the groups in each batch (shuffle=True), or give each batch normalizations of its own"
+)
 
 
 class LayerGap(NamedTuple):
@@ -99,11 +105,18 @@ class GapTable(list[LayerGap]):
 
     Attributes:
         output: the same of what the model returns; None if that holds no floating tensor.
+        groups: layers where batches fall into groups whose statistics differ, and by how much.
     """
 
-    def __init__(self, rows: Iterable[LayerGap], output: LayerGap | None) -> None:
+    def __init__(
+        self,
+        rows: Iterable[LayerGap],
+        output: LayerGap | None,
+        groups: Mapping[str, Apart] | None = None,
+    ) -> None:
         super().__init__(rows)
         self.output = output
+        self.groups = dict(groups or {})
 
     def __str__(self) -> str:
         rows = [*self, self.output] if self.output else [*self]
@@ -119,8 +132,18 @@ class GapTable(list[LayerGap]):
         lines.append("in % of the standard deviation of the training output; the parts sum to gap")
         if any(part < 0 for row in rows for part in row.parts.values()):
             lines.append("a negative part works against the others")
-        found = {row.cause for row in rows}
-        lines += [f"{key}: {cure}" for key, (_, cure) in CAUSES.items() if key in found]
+        cures = {row.cause: row.cure for row in rows}
+        lines += [f"{key}: {cures[key]}" for key in CAUSES if key in cures]
+        if self.groups:
+            name, apart = max(self.groups.items(), key=lambda item: max(item[1]))
+            lines.append(
+                f"batches fall into groups: at {name or '(model)'} their means differ by "
+                f"{apart.mean:.2g} standard deviations,"
+            )
+            lines.append(
+                f"their variances by {_percent(apart.var)} %, beyond chance; a running average "
+                "fits none of them"
+            )
         return "\n".join(lines)
 
     __repr__ = __str__
@@ -292,10 +315,12 @@ def _table(modes: Modes, batches: list[Any], path: list[Step]) -> GapTable:
     causes = [cause for cause, _ in path]
     sums: dict[str, _Sums] = {}
     values: dict[str, int] = {}
+    spread = Spread()
     for number, batch in enumerate(batches):
         goal = modes.outputs(batch, training=True, values=values)
         _usable(number, batch, goal)
-        reached = modes.outputs(batch)
+        with watch(modes.live, spread.of(batch)):
+            reached = modes.outputs(batch)
         away = {key: y.double() - goal[key].double() for key, y in reached.items()}
         for key, d in away.items():
             own = sums.setdefault(key[0], _Sums(len(path)))
@@ -317,7 +342,10 @@ def _table(modes: Modes, batches: list[Any], path: list[Step]) -> GapTable:
             "(model, batch) that runs the model."
         )
     rows = {name: own.row(name, causes, values.get(name, 0)) for name, own in sums.items()}
-    return GapTable((rows[name] for name in values), rows.get(OUTPUT))
+    groups = spread.groups()
+    if groups:
+        rows = {k: r._replace(cure=GROUPS) if r.cause == "noise" else r for k, r in rows.items()}
+    return GapTable((rows[name] for name in values), rows.get(OUTPUT), groups)
 
 
 def _same(one: Statistics, other: Statistics) -> bool:
