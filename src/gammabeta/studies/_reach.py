@@ -2,8 +2,8 @@
 
 A digest of it names the rows. It has to change when a number could, and should not otherwise: not
 with a comment, a docstring, a rule, a figure or the choice of the cells that are wanted. So a name
-is followed from `measure` on, definition by definition, through the modules of the studies; of the
-library below them whole folders are taken, since what is chosen there is chosen while it runs. The
+is followed from `measure` on, definition by definition. Layers, kernels and rules of the check are
+taken as whole folders, with all that they import: what is chosen there is chosen while it runs. The
 images are named by a digest of their own.
 """
 
@@ -20,9 +20,9 @@ import gammabeta
 
 _PACKAGE = Path(__file__).resolve().parents[1]
 _NAME = "gammabeta"
-_STUDIES = f"{_NAME}.studies"
 # Decorators that change a definition and do nothing else when its module is imported.
 _PLAIN = frozenset({"dataclasses", "functools", "contextlib", "torch", "staticmethod", "property"})
+_WHOLE = ("layers", "ops", "_check")
 # Of no influence on a cell: how many of them there are, and how their rows are stored.
 _COUNTS, _STORED = "_SEEDS", "_runs"
 
@@ -103,21 +103,26 @@ def _library(folders: Iterable[Path]) -> Iterator[Path]:
 
 def _part(dotted: str, name: str | None) -> Path | None:
     """The folder or file of the library, outside the studies, that an import names."""
-    if dotted == _NAME and name is not None:
-        dotted = f"{_NAME}.{gammabeta._NAMES.get(name, name)}"
-    words = dotted.split(".")
+    words = _full(dotted, name).split(".")
     if words[0] != _NAME or len(words) < 2 or words[1] in ("studies", _STORED):
         return None
     folder, file = _PACKAGE / words[1], _PACKAGE / f"{words[1]}.py"
     return folder if folder.is_dir() else file if file.is_file() else None
 
 
-def _studies(dotted: str, beside: Path) -> Path | None:
-    """The file of a module of the studies, or of one that lies beside an experiment elsewhere."""
+def _full(dotted: str, name: str | None) -> str:
+    """The dotted name with that of a public name's module in it: `gammabeta.check` is `_check`."""
+    if dotted != _NAME or name is None:
+        return dotted
+    return f"{_NAME}.{gammabeta._NAMES.get(name, name)}"
+
+
+def _file(dotted: str, beside: Path) -> Path | None:
+    """The file of a module that is followed, or of one beside an experiment that lies elsewhere."""
     words = dotted.split(".")
-    if words[:2] == _STUDIES.split("."):
+    if words[0] == _NAME and len(words) > 1 and words[1] != _STORED:
         at = _PACKAGE.joinpath(*words[1:])
-    elif not beside.is_relative_to(_PACKAGE):
+    elif words[0] != _NAME and not beside.is_relative_to(_PACKAGE):
         at = beside.parent.joinpath(*words)
     else:
         return None
@@ -164,6 +169,8 @@ class _Module(NamedTuple):
                 yield self.file, name
             if name in imports:
                 yield from _resolved(*imports[name], attribute, self.file)
+            if name == "import_module" and self.file.parent != _PACKAGE / "studies":
+                yield self.file.parent  # whatever lies there may be meant
 
 
 def _resolved(
@@ -172,10 +179,10 @@ def _resolved(
     """What an imported name stands for, and through it an attribute of it."""
     if name is None:  # import gammabeta, and then gammabeta.something
         name, attribute = attribute, None
-    part = _part(dotted, name)
-    module = _studies(f"{dotted}.{name}", beside)
-    file = _studies(dotted, beside)
-    if part is not None:
+    part, dotted = _part(dotted, name), _full(dotted, name)
+    module = _file(f"{dotted}.{name}", beside)
+    file = _file(dotted, beside)
+    if part is not None and part.name in _WHOLE:
         yield part
     elif module is not None:  # of a module one name, or all of it
         own = _module(module)
