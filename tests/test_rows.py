@@ -16,7 +16,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-from gammabeta import _runs
+from gammabeta import _runs, cli
 from gammabeta._runs import RunError, StoredCell
 from gammabeta.studies import _claims, _judge, _kept, _page, _provenance, _run
 from gammabeta.studies._run import Experiment
@@ -546,3 +546,19 @@ def test_of_claims_that_contradict_each_other_the_page_tells_what_the_runs_suppo
     page = _page._disputes([SimpleNamespace(claim=c, status=s) for c, s in sides])
     assert page.splitlines()[-1].endswith(f"| {told} |")
     assert _page._disputes([]) == ""
+
+
+def test_the_page_of_kept_rows_needs_no_verdicts_beside_them(tmp_path, capsys):
+    """As after a clone: what is derived from the rows is not kept."""
+    kept = tmp_path / "results"
+    kept.mkdir()
+    names = {"identities.jsonl.gz", "rules.json"}
+    for name in names:
+        shutil.copy(RESULTS / name, kept)
+    with pytest.raises(SystemExit) as ended:
+        cli.main(["report", str(kept), "-o", str(tmp_path / "page.html")])
+    assert ended.value.code == 0, capsys.readouterr().err
+    text = (tmp_path / "page.html").read_text()
+    assert "has no verdicts.json" not in text
+    assert "No claim has been judged" not in text
+    assert {path.name for path in kept.iterdir()} == names

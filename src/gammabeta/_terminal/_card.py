@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 _CERTAIN = {
     "A": "A: exact, by proof or counterexample",
     "B": "B: the same in at least three of four variations",
-    "C": "C: found in this setting alone",
+    "C": "C: not in three of the four variations, or none tried",
     "D": "D: undecided",
 }
 

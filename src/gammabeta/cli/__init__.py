@@ -10,9 +10,10 @@ import os
 import shlex
 import shutil
 import sys
-from collections.abc import Iterable
-from contextlib import suppress
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Annotated, Literal
 
 from cyclopts import App, CycloptsError, Parameter, UnusedCliTokensError
@@ -197,8 +198,38 @@ def report(
         records = [path for path in paths or () if is_record(path)]
         folders = [path for path in paths or () if path not in records]
         runs = run_folders(folders) if folders or not records else []
-        page = write([*runs, *records], out, compare=compare, markdown=format == "md")
+        with _judged(runs) as judged:
+            page = write(
+                [*runs, *records], out, compare=compare, markdown=format == "md", judged=judged
+            )
     return _tell([page], json)
+
+
+@contextmanager
+def _judged(runs: list[Path]) -> Iterator[dict[Path, Path]]:
+    """For run folders that hold rows but no verdicts, folders with what is judged of them."""
+    from gammabeta import _runs
+
+    open_runs = [
+        run for run in runs if _runs.read_verdicts(run) is None and _runs.read_cells([run])
+    ]
+    found: dict[Path, Path] = {}
+    with TemporaryDirectory() as folder:
+        for number, run in enumerate(open_runs):
+            try:
+                from gammabeta.studies import _claims, _judge
+
+                judged = _judge.judge([run])
+            except (ImportError, RuntimeError) as error:
+                complain(f"{run} has no verdicts, and its rows cannot be judged: {error}")
+                continue
+            home = Path(folder, str(number))
+            home.mkdir()
+            head = {"schema": _runs.SCHEMA, "claims": _claims.public()}
+            _runs.write_json(home / "claims.json", head)
+            _judge.write_derived(home, judged)
+            found[run] = home
+        yield found
 
 
 @data.command(help_epilogue=examples("data fetch", "data fetch --data-dir data"))

@@ -27,8 +27,8 @@ planned from a pilot, then reached. *Rule* is the commit in which the claim's ru
 **amended after data** stands, for ever, where that was after the first of its rows was made.
 
 *Certainty* is A where a claim was proved or is an identity, or a counterexample to one was found; B
-where the verdict of a headline claim holds in at least three of four variations; C where it was
-found in this setting alone; D where it is undecided.
+where the verdict of a headline claim holds in at least three of four variations; C where it does
+not, or none was tried; D where it is undecided.
 """
 _HOLDS = """\
 The headline claims are run again, in four variations: with fresh seeds, as many as the accepted

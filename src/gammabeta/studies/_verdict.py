@@ -2,7 +2,7 @@
 
 A rule takes one number per seed (the difference between the two arms of a pair, which share
 initial weights and batch order), computes a Student t interval, and compares it with the smallest
-effect of interest, delta, that was fixed before the run. A verdict is given only where the
+effect of interest, delta, that was fixed before the rows. A verdict is given only where the
 interval allows it; everything else is inconclusive, with the number of seeds that would decide.
 
 Sources: the t interval and the two one-sided tests (equivalence as "the 90 % interval lies inside
