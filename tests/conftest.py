@@ -11,7 +11,10 @@ signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 # Files that take long: begun first, lest one of two workers be left alone with them at the end.
-LONG = ("independent", "runner", "sync", "cli", "examples", "cluster", "cpu_memory", "cpu_threads")
+LONG = (
+    *("independent", "runner", "sync", "cli", "examples", "cluster", "report", "check"),
+    *("report_view", "report_sliding", "rows", "documents", "cpu_memory", "cpu_threads", "verify"),
+)
 
 
 def pytest_configure(config):

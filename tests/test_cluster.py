@@ -178,9 +178,10 @@ def test_a_cell_that_kills_its_worker_fails_alone(dask, tmp_path, make):
 
 def test_other_sources_on_a_worker_are_a_failure_and_no_rows(dask, tmp_path, make):
     out = tmp_path / "run"
-    catalogue = make(dask.folder, "moving", "pass", "range(2)")
-    assert run(catalogue, tmp_path / "first", dask=dask.address).done == 2
-    changed = make(dask.folder, "moving", "time.sleep(0)", "range(2)")
+    # so many and so long that each worker takes some, and imports these sources
+    catalogue = make(dask.folder, "moving", "time.sleep(0.2)", "range(8)")
+    assert run(catalogue, tmp_path / "first", dask=dask.address).done == 8
+    changed = make(dask.folder, "moving", "time.sleep(0.1)", "range(2)")
     result = run(changed, out, dask=dask.address)
     assert result.done == 0
     assert all("sources must be the same everywhere" in f.reason for f in result.failed)

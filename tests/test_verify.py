@@ -148,7 +148,8 @@ def test_the_command_tells_and_ends_with_1_where_rows_are_others(tmp_path, capsy
             cli.main(["study", *words])
         return ended.value.code, *capsys.readouterr()
 
-    assert call("run", "single-sample", "--data", "digits", "-j", "1", "-o", "runs/one")[0] == 0
+    quick = ("--data", "digits", "--budget", "tiny", "--seeds", "1", "-j", "1")
+    assert call("run", "single-sample", *quick, "-o", "runs/one")[0] == 0
     code, out, _ = call("verify", "runs/one", "--cells", "2")
     assert code == 0
     assert "2 cells were measured again: 2 gave the same rows, bit by bit." in out
