@@ -20,6 +20,7 @@ import gammabeta
 
 _PACKAGE = Path(__file__).resolve().parents[1]
 _NAME = "gammabeta"
+_START = "measure"
 # Decorators that change a definition and do nothing else when its module is imported.
 _PLAIN = frozenset({"dataclasses", "functools", "contextlib", "torch", "staticmethod", "property"})
 _WHOLE = ("layers", "ops", "_check")
@@ -27,21 +28,21 @@ _WHOLE = ("layers", "ops", "_check")
 _COUNTS, _STORED = "_SEEDS", "_runs"
 
 
-def code_digest(experiment: Path, budget: str = "", start: str = "measure") -> str:
+def code_digest(experiment: Path, budget: str = "") -> str:
     """16 hex digits of the SHA-256 over the sources that decide an experiment's rows.
 
     The same on every machine and Python: neither folders nor line ends nor the layout of a parsed
     tree enter. Of a table by budget, as PLANS, only this budget's line counts. A module without
-    `start` counts as a whole.
+    `measure` counts as a whole.
     """
     digest = hashlib.sha256()
-    for place, text in sorted(reached(experiment, budget, start).items()):
+    for place, text in sorted(reached(experiment, budget).items()):
         digest.update(f"{place}\0{text}\0".encode())
     return digest.hexdigest()[:16]
 
 
-def reached(experiment: Path, budget: str = "", start: str = "measure") -> dict[str, str]:
-    """The text of all that `start` of this module uses, by place: "file: name" or a file.
+def reached(experiment: Path, budget: str = "") -> dict[str, str]:
+    """The text of all that `measure` of this module uses, by place: "file: name" or a file.
 
     Comments, docstrings and blank lines are left out; annotations are not followed.
 
@@ -53,11 +54,11 @@ def reached(experiment: Path, budget: str = "", start: str = "measure") -> dict[
         (True, False)
     """
     first = _module(experiment)
-    if start not in first.definitions:
+    if _START not in first.definitions:
         return {_place(experiment): first.whole()}
     found: dict[str, str] = {}
     folders: set[Path] = set()
-    open_names, seen = [(experiment, start)], {(experiment, start)}
+    open_names, seen = [(experiment, _START)], {(experiment, _START)}
     begun: set[Path] = set()
     while open_names:
         file, name = open_names.pop()
@@ -138,7 +139,6 @@ class _Module(NamedTuple):
     file: Path
     lines: list[str]
     left_out: frozenset[int]
-    tree: ast.Module
     definitions: dict[str, ast.stmt]
     imports: dict[str, tuple[str, str | None]]
     statements: list[ast.stmt]
@@ -255,9 +255,8 @@ def _parsed(file: Path, text: str) -> _Module:
             statements.extend([] if guard else [node])
     top = ast.Module([n for n in tree.body if n not in definitions.values()], [])
     lines = text.split("\n")
-    docstrings = _docstrings(tree)
-    lines, left_out = _without_comments(text, lines), frozenset(docstrings)
-    return _Module(file, lines, left_out, tree, definitions, _imports(top), statements)
+    lines, left_out = _without_comments(text, lines), frozenset(_docstrings(tree))
+    return _Module(file, lines, left_out, definitions, _imports(top), statements)
 
 
 def _module(file: Path) -> _Module:
