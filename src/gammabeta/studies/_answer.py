@@ -111,6 +111,7 @@ def answer(
         ],
         notes=own,
         p=fair.p,
+        n_needed=fair.n_needed if status == "inconclusive" and setting.decides else None,
         place=f"{PLACES.get(setting.data, setting.data)}, {setting.network}",
     )
 

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 from gammabeta._runs import Row, Scalar
 from gammabeta.studies._answer import PLACES, listed
 from gammabeta.studies._claims import claims
-from gammabeta.studies._targets import Found, Target, decide, overall, p_value
+from gammabeta.studies._targets import Found, Target, decide, needed, overall, p_value
 from gammabeta.studies._verdict import (
     Interval,
     Verdict,
@@ -151,6 +151,7 @@ def verdict(
         half_width=effect.half_width if effect else None,
         planned_half_width=predicted,
         sentence=_sentence(question, status, data, fair, weakest),
+        n_needed=_needed(fair, control) if status == "inconclusive" and budget != "tiny" else None,
         cells=[
             *(
                 _cell(measured(f.name, f.target), _part(part, f), f.interval, f.status, f.reason)
@@ -187,6 +188,15 @@ def _found(targets: Mapping[str, Target], x: Mapping[str, list[float]], least: i
             status, reason = "inconclusive", f"{len(v)} of at least {enough(least)} draws"
         found.append(Found(name, target, v, interval(v) if len(v) > 1 else None, status, reason))
     return found
+
+
+def _needed(found: Sequence[Found], control: Sequence[Found]) -> int | None:
+    """Draws that would decide all open cells; None where a cell, or the control, says nothing."""
+    if any(f.status != "supported" for f in control):
+        return None
+    each = [needed(f.target, f.values, len(found)) for f in found if f.status == "inconclusive"]
+    known = [count for count in each if count is not None]
+    return max(known) if known and len(known) == len(each) else None
 
 
 def _helped(found: Found, least: int) -> Found:
@@ -227,8 +237,10 @@ def _sentence(
     if status == "mixed":
         levels = sorted({f.target.level for f in found if f.status == "refuted"})
         return f"In part: {place}not for {', '.join(levels)}: {against_listed}{more}."
-    opening = "A demonstration, no verdict" if status == "demo" else "Undecided"
-    return f"{opening}: {place}{near}."
+    if status == "demo":
+        return f"A demonstration, no verdict: {place}{near}."
+    still = "; ".join(f"{f.name} ({f.reason})" for f in found if f.status == "inconclusive")
+    return f"Undecided: {place}{near}." + (f" Open: {still}." if still else "")
 
 
 def _span(i: Interval) -> str:

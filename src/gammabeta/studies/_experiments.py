@@ -34,6 +34,7 @@ BUDGETS = ("tiny", "small", "full")
 # What takes a budget's place: the headline claims in brief, and run again (see `_headline`).
 BRIEF = "brief"
 AGAIN = "fresh-seeds"  # the whole again: as many seeds, and corrected for the number of claims
+SECOND = "second-stage"  # fresh seeds for undecided claims (see `_second`)
 VARIATIONS = (AGAIN, "width-half", "width-double", "images-small")
 
 
@@ -92,6 +93,8 @@ class Experiment:
 
     def cells(self, budget: str, data: str, seeds: int | None, rows: list[Row]) -> list[Cell]:
         """What is wanted, given the rows so far; RuntimeError if the experiment breaks its word."""
+        if budget == SECOND:
+            return []  # what is wanted follows from the rows of the first stage
         if budget in (BRIEF, *VARIATIONS):
             from gammabeta.studies import _headline
 
@@ -102,7 +105,7 @@ class Experiment:
 
     def expected(self, budget: str, data: str, seeds: int | None) -> list[Cell]:
         """About what a whole run will ask for: for estimates only."""
-        if budget in (BRIEF, *VARIATIONS) or not hasattr(self._load(), "expected"):
+        if budget in (BRIEF, SECOND, *VARIATIONS) or not hasattr(self._load(), "expected"):
             return self.cells(budget, data, seeds, [])
         wanted: list[Cell] = self._call("expected", budget, data, seeds)
         self._check(wanted)
@@ -116,7 +119,7 @@ class Experiment:
 
             return _variations.measure(self.id, self._load(), arm, seed, budget, data)
         measure: Callable[..., Iterable[Row]] = self._get("measure")
-        return measure(arm, seed, budget, data)
+        return measure(arm, seed, "small" if budget == SECOND else budget, data)
 
     def judge(self, rows: list[Row]) -> "list[Verdict]":
         if rows and rows[0]["budget"] in (BRIEF, *VARIATIONS):
@@ -171,6 +174,7 @@ class Experiment:
         if spec is None or spec.origin is None:
             raise ImportError(f"The experiment {self.id}: there is no module {self.module}.")
         own = Path(spec.origin)
+        budget = "small" if budget == SECOND else budget
         if budget not in (BRIEF, *VARIATIONS):
             return code_digest(own, budget)
         varied = code_digest(Path(__file__).with_name("_variations.py"))

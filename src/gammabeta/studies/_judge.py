@@ -18,6 +18,7 @@ from gammabeta.studies._experiments import (
     AGAIN,
     BRIEF,
     BUDGETS,
+    SECOND,
     VARIATIONS,
     Experiment,
     choose,
@@ -33,7 +34,8 @@ _TESTED = ("supported", "refuted", "mixed", "inconclusive")
 _HOW = (
     "An upper bound, for claims none of which is true: 5 % for each statistical claim outside of "
     "the headline family that was judged (superiority errs at 2.5 %, equivalence and number at "
-    "5 %), and 5 % for that family as a whole (Holm). Fair verdicts only."
+    "5 %), and 5 % for that family as a whole (Holm). A claim with a second stage was tested twice "
+    "and counts twice. Fair verdicts only."
 )
 _HOW_IN_BRIEF = (
     "An upper bound, for claims none of which is true: 5 % for each claim that was judged, since "
@@ -157,6 +159,8 @@ def judge(
         RunError: a run folder cannot be read.
         ValueError: an unknown experiment.
     """
+    from gammabeta.studies import _headline, _holds, _second
+
     known = experiments() if catalogue is None else catalogue
     stored: dict[str, list[StoredCell]] = defaultdict(list)
     for cell in _runs.read_cells(paths):
@@ -169,19 +173,22 @@ def judge(
     for experiment in chosen:
         if experiment.id not in stored:
             continue
-        selection = select(stored[experiment.id], experiment.code_of, budget, data)
+        own = stored[experiment.id]
+        if budget != SECOND:  # they decide nothing but beside those of the first stage
+            own = [cell for cell in own if cell.spec["budget"] != SECOND]
+        selection = select(own, experiment.code_of, budget, data)
         if not selection.cells:
             continue
         rows = selection.rows()
-        for verdict in experiment.judge(rows):
+        more = select(stored[experiment.id], experiment.code_of, SECOND, data).cells
+        first = experiment.judge(rows)
+        for verdict in _second.judged(experiment, selection.cells, more, first):
             also = selection.notes if notes else []
             verdicts.append(dataclasses.replace(verdict, notes=[*verdict.notes, *also]))
         figures += experiment.figures(rows)
         protocols[experiment.id] = inspect.cleandoc(experiment.protocol)
         if selection.cells[0].spec["data"]["name"] == "digits":
             notice = f"{_data.DIGITS_NOTICE} {_data.HOW_TO_GET_MNIST}"
-    from gammabeta.studies import _headline, _holds
-
     verdicts, counted = corrected(verdicts)
     if any(verdict.budget == BRIEF for verdict in verdicts):
         notice = " ".join(filter(None, (_headline.NOTICE, notice)))
@@ -253,7 +260,8 @@ def corrected(verdicts: "Sequence[Verdict]") -> "tuple[list[Verdict], Multiplici
     others = sum(
         not known[v.claim].headline and known[v.claim].kind == "statistical" for v in tested
     )
-    bound = round(_LEVEL * (others + bool(own)), 3)
+    again = sum(v.stage > 1 for v in tested)
+    bound = round(_LEVEL * (others + again + bool(own)), 3)
     return found, Multiplicity(pairs, bound, sum(v.status == "supported" for v in found), _HOW)
 
 

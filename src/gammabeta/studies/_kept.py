@@ -16,6 +16,7 @@ from gammabeta.studies import _holds, _provenance
 from gammabeta.studies._experiments import (
     BRIEF,
     BUDGETS,
+    SECOND,
     VARIATIONS,
     Experiment,
     choose,
@@ -27,7 +28,8 @@ from gammabeta.studies._verdict import Verdict
 
 _THINNED = (0, 60, 40, 30, 20, 15, 12)  # steps that are left of each cell; 0: all of them
 _DATA = "mnist"  # the bundled digits are a demonstration
-_FIGURE_ROWS = ("curve", "spectrum", "influence")  # no figure is drawn of variations
+# no figure is drawn of variations and of a second stage
+_FIGURE_ROWS = ("curve", "spectrum", "influence")
 _DIGITS = 6
 
 
@@ -74,6 +76,8 @@ def accept(
     for experiment in chosen:
         own = [cell for cell in cells if cell.spec["experiment"] == experiment.id]
         new = _acceptable(experiment, own, budget, data)
+        if new[0].spec["budget"] == SECOND:
+            new = [cell._replace(rows=_lean(cell.rows)) for cell in new]
         file = out / f"{experiment.id}.jsonl.gz"
         old = _runs.read_packed(file) if file.exists() else []
         ready.append((experiment, new, *_fitting(experiment, _merged(old, new), catalogue)))

@@ -26,6 +26,11 @@ learning rate; they may differ, and that is the finding. *Half-width* is half th
 planned from a pilot, then reached. *Rule* is the commit in which the claim's rule last changed;
 **amended after data** stands, for ever, where that was after the first of its rows was made.
 
+A claim that 16 seeds leave undecided gets a *second stage*, where it says that at most 128 would
+decide it and is no headline claim: twice as many fresh seeds as that, judged alone, once. What the
+second stage says stands here, and the first beside it. That rule was written after the first stage
+was seen, and committed before any row of the second.
+
 *Certainty* is A where a claim was proved or is an identity, or a counterexample to one was found; B
 where the verdict of a headline claim holds in at least three of four variations; C where it does
 not, or none was tried; D where it is undecided.
@@ -89,7 +94,7 @@ def _table(verdicts: Iterable[Verdict], rules: Mapping[str, Rule]) -> str:
             effect,
             interval,
             _plain(v.unit) or "–",
-            f"{v.n}",
+            f"{v.n}{' †' if v.stage > 1 else ''}",
             _size(v.delta),
             widths,
             _rule(v.claim, rules.get(v.claim)),
@@ -99,7 +104,8 @@ def _table(verdicts: Iterable[Verdict], rules: Mapping[str, Rule]) -> str:
         "| claim | as published | fair | effect | 95 % interval | unit | n | delta "
         "| half-width planned / reached | rule |\n" + "|---" * 10 + "|"
     )
-    return "\n".join([head, *rows]) + "\n\n\\* headline claim\n"
+    told = "\n\n\\* headline claim; † second stage: so many fresh seeds, judged alone\n"
+    return "\n".join([head, *rows]) + told
 
 
 def _variations(found: Judged) -> str:

@@ -22,6 +22,7 @@ from gammabeta.studies._estimate import Estimate as Estimate
 from gammabeta.studies._experiments import (
     BRIEF,
     BUDGETS,
+    SECOND,
     VARIATIONS,
     Experiment,
     choose,
@@ -254,7 +255,7 @@ def estimate(
 
 def _check(budget: str, jobs: int | None, seeds: int | None) -> int:
     """Check what `run` and `estimate` share; the number of processes."""
-    kinds = (*BUDGETS, BRIEF, *VARIATIONS)
+    kinds = (*BUDGETS, BRIEF, *VARIATIONS, SECOND)
     if budget not in kinds:
         raise ValueError(f"budget must be one of {', '.join(kinds)}, got {budget!r}.")
     if budget not in BUDGETS and seeds is not None and seeds > _MOST_VARIED:

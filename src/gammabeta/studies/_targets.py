@@ -9,7 +9,15 @@ from collections import defaultdict
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from gammabeta.studies._verdict import Interval, interval, lies_above, number, superiority
+from gammabeta.studies._verdict import (
+    Interval,
+    advice,
+    interval,
+    lies_above,
+    number,
+    seeds_for,
+    superiority,
+)
 
 
 class Target(NamedTuple):
@@ -58,7 +66,7 @@ def decide(target: Target, values: Sequence[float], cells: int) -> tuple[str, st
             return "refuted", reason if strict.hi < 0 or strict.lo > 0 else "absent"
         if usual.lo > 0 and usual.mean >= target.delta:
             return "supported", f"above 0, and at least {target.delta:g} on average"
-        return "inconclusive", "the interval is too wide"
+        return "inconclusive", advice("the interval is too wide", needed(target, values, cells))
     two_sided = math.isfinite(low) and math.isfinite(high)
     narrow = interval(values, 0.90) if two_sided else usual
     said = f"{low:.4g} to {high:.4g}" if two_sided else (
@@ -68,7 +76,30 @@ def decide(target: Target, values: Sequence[float], cells: int) -> tuple[str, st
         return "supported", said
     if strict.hi < low or strict.lo > high:
         return "refuted", f"not {said}"
-    return "inconclusive", f"the interval is too wide for {said}"
+    why = f"the interval is too wide for {said}"
+    return "inconclusive", advice(why, needed(target, values, cells))
+
+
+def needed(target: Target, values: Sequence[float], cells: int) -> int | None:
+    """Draws that would decide an open cell if mean and spread stayed as they are.
+
+    None where none below 1,000 would, or where draws are counted.
+
+    >>> needed(Target("", 0.8, 1.2, 0.2), [0.6, 0.7, 0.9, 0.6], 1)
+    7
+    """
+    if target.every or len(values) < 2:
+        return None
+    i, low, high = interval(values), target.low, target.high
+    strict = 1 - 0.05 / cells
+    if target.delta is not None:
+        inside = i.mean >= target.delta
+        return seeds_for(
+            i.sd, i.mean if inside else target.delta - i.mean, 0.95 if inside else strict
+        )
+    gap = min(i.mean - low, high - i.mean)
+    usual = 0.90 if math.isfinite(low) and math.isfinite(high) else 0.95
+    return seeds_for(i.sd, abs(gap), usual if gap > 0 else strict)
 
 
 def p_value(target: Target, values: Sequence[float]) -> float | None:

@@ -161,8 +161,8 @@ def superiority(values: Iterable[float], delta: float, least: int = 2) -> Outcom
     if i.lo > 0 and i.mean >= delta:
         return Outcome("supported", i, f"above 0, and at least {delta:g} on average", p=p)
     # Above delta the interval has to clear 0, below it has to clear delta.
-    needed = _seeds_for(i.sd, i.mean if i.mean >= delta else delta - i.mean)
-    return Outcome("inconclusive", i, _advice(_WIDE, needed), needed, p=p)
+    needed = seeds_for(i.sd, i.mean if i.mean >= delta else delta - i.mean)
+    return Outcome("inconclusive", i, advice(_WIDE, needed), needed, p=p)
 
 
 def lies_above(values: Iterable[float], bound: float, least: int = 2) -> Outcome:
@@ -188,8 +188,8 @@ def lies_above(values: Iterable[float], bound: float, least: int = 2) -> Outcome
         return Outcome("supported", i, f"above {bound:g}", p=p)
     if i.hi < bound:
         return Outcome("refuted", i, f"below {bound:g}", p=p)
-    needed = _seeds_for(i.sd, abs(i.mean - bound))
-    return Outcome("inconclusive", i, _advice(_WIDE, needed), needed, p=p)
+    needed = seeds_for(i.sd, abs(i.mean - bound))
+    return Outcome("inconclusive", i, advice(_WIDE, needed), needed, p=p)
 
 
 def controlled(outcome: Outcome, control: Outcome) -> Outcome:
@@ -245,10 +245,10 @@ def equivalence(values: Iterable[float], delta: float, least: int = 2) -> Outcom
     if abs(i.mean) >= delta and (i.lo > 0 or i.hi < 0):
         return Outcome("refuted", i, f"a difference of at least {delta:g}", p=p)
     inside = abs(i.mean) < delta
-    needed = _seeds_for(
+    needed = seeds_for(
         i.sd, delta - abs(i.mean) if inside else abs(i.mean), 0.9 if inside else 0.95
     )
-    return Outcome("inconclusive", i, _advice(_WIDE, needed), needed, p=p)
+    return Outcome("inconclusive", i, advice(_WIDE, needed), needed, p=p)
 
 
 def number(
@@ -271,8 +271,8 @@ def number(
     if i.hi < value - tolerance or i.lo > value + tolerance:
         return Outcome("refuted", i, f"not within {tolerance:g} of {value:g}", p=p)
     gap = tolerance - abs(i.mean - value)
-    needed = _seeds_for(i.sd, abs(gap), 0.90 if gap > 0 else 0.95)
-    return Outcome("inconclusive", i, _advice(_WIDE, needed), needed, p=p)
+    needed = seeds_for(i.sd, abs(gap), 0.90 if gap > 0 else 0.95)
+    return Outcome("inconclusive", i, advice(_WIDE, needed), needed, p=p)
 
 
 def universal(cells: Mapping[str, Sequence[float]], delta: float, least: int = 2) -> Outcome:
@@ -371,6 +371,8 @@ class Verdict:
     outcome. ``place`` says where it was found: "MNIST, MLP 100-100". ``certainty`` is A (exact), B
     (holds in three of four variations at least), C (this setting alone) or D (undecided), "" where
     it was not asked for; ``variations`` says in how many of them the verdict holds, and in which.
+    ``n_needed`` is the number of seeds that would decide it, where it is undecided and one is known
+    (see ``Outcome``); ``stage`` is 2 where it rests on a second sample of seeds (``_second``).
     """
 
     claim: str
@@ -394,6 +396,8 @@ class Verdict:
     place: str = ""
     certainty: str = ""
     variations: str = ""
+    n_needed: int | None = None
+    stage: int = 1
 
     def __post_init__(self) -> None:
         for status in (self.status, self.published_status):
@@ -469,7 +473,7 @@ def p_of_interval(mean: float, lo: float, hi: float, n: int) -> float:
     return float(2 * student.sf(ratio, n - 1))
 
 
-def _seeds_for(sd: float, target: float, level: float = 0.95) -> int | None:
+def seeds_for(sd: float, target: float, level: float = 0.95) -> int | None:
     """Smallest n whose half-width is below the target, None beyond 1,000."""
     if target <= 0 or half_width(sd, _MOST_SEEDS, level) >= target:
         return None
@@ -480,7 +484,7 @@ def _seeds_for(sd: float, target: float, level: float = 0.95) -> int | None:
     return low
 
 
-def _advice(why: str, needed: int | None) -> str:
+def advice(why: str, needed: int | None) -> str:
     if needed is None:
         return f"{why}; more than {_MOST_SEEDS} seeds would be needed"
     return f"{why}; about {needed} seeds would decide"
