@@ -690,12 +690,15 @@ def odd(tmp_path):
         ("study explain", ["A claim was expected", "`gammabeta study list`"]),
         ("study explain act-al", ["'act-al'", "Did you mean act-all?"]),
         ("study explain ics", ["Did you mean ics-def, ics-gradient or ics-reduced?"]),
-        ("study show bn", [" claims have 'bn' in their id: bn-", ", … `gammabeta study list`"]),
+        (
+            "study show bn",
+            [" claims and experiments have 'bn' in their id: bn-", ", … `gammabeta study list`"],
+        ),
         ("study list smoohter", ["Did you mean smoother?", "`gammabeta study list`"]),
         ("study explain act-all ./nowhere", ["nowhere", "got nothing"]),
         ("study judge --set delta=1", ["CLAIM.THRESHOLD=VALUE", "'delta=1'"]),
         ("study judge --set act-all.delta=x", ["finite number", "'act-all.delta=x'"]),
-        ("study judge --set act-al.delta=1", ["'act-al'", "Did you mean 'act-all'?"]),
+        ("study judge --set act-al.delta=1", ["'act-al'", "Did you mean act-all?"]),
         ("study judge --set act-all.delt=1", ["no threshold 'delt'", "it has delta"]),
         ("data path --data-dir nowhere", ["no folder nowhere"]),
         ("data verify --data-dir empty", ["empty has none"]),
@@ -708,7 +711,8 @@ def test_wrong_input_gives_exit_code_2_and_says_what_to_do(here, odd, words, say
 @pytest.mark.parametrize(
     ("words", "says"),
     [
-        ("act-al", ["'act-al'", "Did you mean 'act-all'?", "`gammabeta study list`"]),
+        ("act-al", ["'act-al'", "Did you mean act-all?", "`gammabeta study list`"]),
+        ("ics", ["Did you mean ics-def, ics-gradient or ics-reduced?"]),
         ("adversarial", ["no experiment yet", "activations"]),
         ("--out newer", ["at most 1, got 99", "gammabeta 9.9 or newer"]),
         ("--out file", ["file", "must be a folder"]),

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json as json_module
 import signal
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -125,27 +125,10 @@ def sorted_out(words: list[str]) -> tuple[list[Path], list[Claim]]:
         elif belong:
             asked |= {claim.id: claim for claim in belong}
         else:
-            hint = _hint(name, known)
+            experiments = [claim.experiment for claim in known.values() if claim.experiment]
+            hint = _claims.meant(name, [*known, *experiments, *_claims.SETS])
             raise Unusable(
-                f"A run folder or a claim was expected, got {word!r}. {hint}"
+                f"A run folder or a claim was expected, got {word!r}. {f'{hint} ' if hint else ''}"
                 "`gammabeta study list` shows all claims; run folders lie below runs/."
             )
     return paths, list(asked.values())
-
-
-_MOST_IDS = 8
-
-
-def _hint(word: str, known: Mapping[str, Claim]) -> str:
-    """The ids that a word is a part of, else those that are spelled like it."""
-    from gammabeta.studies import _claims
-
-    begun = [claim for claim in known if claim.lower().startswith(word)]
-    parts = [claim for claim in known if f"-{word}" in claim.lower()]
-    ids = list(dict.fromkeys([*begun, *parts])) if word else []
-    if len(ids) > _MOST_IDS:
-        return f"{len(ids)} claims have {word!r} in their id: {', '.join(ids[:_MOST_IDS])}, … "
-    experiments = [claim.experiment for claim in known.values() if claim.experiment]
-    near = ids or _claims.suggest(word, [*known, *dict.fromkeys(experiments), *_claims.SETS])
-    first, last = ", ".join(near[:-1]), "".join(near[-1:])
-    return f"Did you mean {f'{first} or {last}' if first else last}? " if near else ""

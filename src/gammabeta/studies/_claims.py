@@ -30,6 +30,7 @@ TOPICS = (
 )
 SETS = ("headline", "all")
 """Names that stand for several experiments; no claim and no experiment may take them."""
+_MOST_NAMED = 8  # of those that a word may have meant
 
 _FILE = "claims.toml"
 _IDS = {
@@ -205,6 +206,29 @@ def suggest(word: str, choices: Iterable[str]) -> list[str]:
     return [spelled[choice] for choice in best]
 
 
+def meant(word: str, choices: Iterable[str]) -> str:
+    """A question for a word that is none of the choices: those it is a part of, else the nearest.
+
+    "" where there are none; of many the first are named.
+
+    Example:
+        >>> meant("act-al", ["act-all", "bn-order"]), meant("xyzzy", ["act-all"])
+        ('Did you mean act-all?', '')
+        >>> meant("ics", ["ics-def", "not-ics", "statistics"])
+        'Did you mean ics-def or not-ics?'
+    """
+    word, names = word.strip().lower(), list(dict.fromkeys(choices))
+    begun = [name for name in names if name.lower().startswith(word)]
+    parts = [name for name in names if f"-{word}" in name.lower()]
+    near = list(dict.fromkeys([*begun, *parts])) if word else []
+    if len(near) > _MOST_NAMED:
+        listed = ", ".join(near[:_MOST_NAMED])
+        return f"{len(near)} claims and experiments have {word!r} in their id: {listed}, …"
+    near = near or suggest(word, names)
+    first, last = ", ".join(near[:-1]), "".join(near[-1:])
+    return f"Did you mean {f'{first} or {last}' if first else last}?" if near else ""
+
+
 def _spelled(ids: Iterable[str]) -> dict[str, str]:
     """Each id as the registry spells it, by what it is in small letters: users may write either."""
     return {name.lower(): name for name in ids}
@@ -281,9 +305,8 @@ _SHOWS = " `gammabeta study list` shows all."
 
 
 def _unknown(name: str, choices: Iterable[str]) -> str:
-    near = [repr(choice) for choice in suggest(name, choices)]
-    hint = f" Did you mean {' or '.join(near)}?" if near else ""
-    return f"unknown claim or experiment {name!r}.{hint}{_SHOWS}"
+    hint = meant(name, choices)
+    return f"unknown claim or experiment {name!r}.{f' {hint}' if hint else ''}{_SHOWS}"
 
 
 # --- other rules ----------------------------------------------------------------------------
