@@ -13,10 +13,15 @@ from gammabeta.studies._train import stream
 from tests.simulated import judged, noise, simulate
 
 DIGITS = _data.load("digits")
-START = {
-    group: MLP((64, *[100] * depth, 10), "relu", True, stream(0, "weights"))
-    for group, depth in affine_only.DEPTHS.items()
-}
+START = {group: affine_only.network(64, group, 0) for group in affine_only.GROUPS}
+UNITS = {"100-100": 200, "[100]*5": 500, affine_only.CONVOLUTIONAL: 24}
+
+
+def test_the_dense_networks_are_those_of_the_protocol():
+    for group, depth in affine_only.DEPTHS.items():
+        net = MLP((64, *[100] * depth, 10), "relu", True, stream(0, "weights"))
+        for own, other in zip(START[group].parameters(), net.parameters(), strict=True):
+            assert torch.equal(own, other)
 
 
 @pytest.mark.parametrize(
@@ -33,15 +38,15 @@ def test_an_arm_changes_its_own_numbers_alone(monkeypatch, group, arm):
         START[group].named_parameters(), seen[-1].parameters(), strict=True
     ):
         changed[name] = (before != after).sum().item()
-    hidden = affine_only.DEPTHS[group]
-    norms = [n for n, m in START[group].named_modules() if isinstance(m, nn.BatchNorm1d)]
+    kinds = (nn.BatchNorm1d, nn.BatchNorm2d)
+    norms = [n for n, m in START[group].named_modules() if isinstance(m, kinds)]
     own = {name for name in changed if name.rsplit(".", 1)[0] in norms}
     if arm == affine_only.AFFINE:
         assert {name for name, count in changed.items() if count} == own
     elif arm == affine_only.OUTPUT:
         assert sum(bool(count) for count in changed.values()) == 2
     elif arm == affine_only.RANDOM:
-        assert sum(changed.values()) <= 2 * 100 * hidden
+        assert sum(changed.values()) <= 2 * UNITS[group]
         assert {n for n, c in changed.items() if c} <= set(changed) - own
     else:
         assert all(changed.values())
@@ -52,13 +57,13 @@ def test_as_many_random_weights_as_gammas_and_betas_two_for_each_unit(group):
     affine = affine_only.trained(START[group], affine_only.AFFINE, 0)
     random = affine_only.trained(START[group], affine_only.RANDOM, 0)
     count = sum(parameter.numel() for parameter, _ in affine)
-    assert sum(int(mask.sum()) for _, mask in random) == count
-    assert all(torch.equal(mask.sum(1), torch.full((100,), 2.0)) for _, mask in random)
+    assert sum(int(mask.sum()) for _, mask in random) == count == 2 * UNITS[group]
+    assert all((mask.flatten(1).sum(1) == 2).all() for _, mask in random)
     other = affine_only.trained(START[group], affine_only.RANDOM, 1)
     assert not torch.equal(random[0][1], other[0][1])
 
 
-def simulated(gain=(30.0, 30.0), sd=0.2):
+def simulated(gain=(30.0, 30.0, 30.0), sd=0.2):
     def rows(cell, seed):
         share = 60.0
         if cell["arm"] == affine_only.AFFINE:
@@ -74,18 +79,38 @@ def simulated(gain=(30.0, 30.0), sd=0.2):
 @pytest.mark.parametrize(
     ("gain", "sd", "status"),
     [
-        ((30.0, 30.0), 0.2, "supported"),
-        ((30.0, 0.0), 0.2, "refuted"),
-        ((-5.0, -5.0), 0.2, "refuted"),
-        ((1.5, 30.0), 3.0, "inconclusive"),
+        ((30.0, 30.0, 0.0), 0.2, "supported"),
+        ((30.0, 0.0, 0.0), 0.2, "refuted"),
+        ((-5.0, -5.0, 0.0), 0.2, "refuted"),
+        ((1.5, 30.0, 0.0), 3.0, "inconclusive"),
     ],
 )
 def test_gamma_and_beta_have_to_gain_in_both_networks(gain, sd, status):
     rows, asked = simulate(affine_only, simulated(gain, sd))
     verdict = judged(affine_only, rows)["bn-only"]
     assert (verdict.status, verdict.published_status) == (status, None)
-    spare = {c.seed for c in asked if c.arm["arm"] == affine_only.ALL}
+    dense = [c for c in asked if c.arm["group"] in affine_only.DEPTHS]
+    spare = {c.seed for c in dense if c.arm["arm"] == affine_only.ALL}
     assert spare == {800, 801, 0, 1, 2, 3, 4}
+
+
+@pytest.mark.parametrize("other", [30.0, 0.0, -20.0])
+def test_the_convolutional_network_is_shown_and_decides_nothing(other):
+    rows, asked = simulate(affine_only, simulated((30.0, 30.0, other)))
+    verdict = judged(affine_only, rows)["bn-only"]
+    dense = [r for r in rows if r["group"] in affine_only.DEPTHS]
+    alone = judged(affine_only, dense)["bn-only"]
+    for field in ("status", "effect", "ci", "n", "p", "sentence", "half_width"):
+        assert getattr(verdict, field) == getattr(alone, field)
+    cells = {c["name"]: c for c in verdict.cells}
+    gain = cells["gamma and beta − random weights, convolutional"]
+    assert (gain["part"], gain["n"]) == ("shown", 16)
+    assert gain["effect"] == pytest.approx(other, abs=0.3)
+    assert cells["accuracy, output, convolutional"]["n"] == 16
+    (said,) = [n for n in verdict.notes if n.startswith("Shown, convolutional network: ")]
+    assert "n = 16" in said
+    parts = {c.arm["part"] for c in asked if c.arm["group"] == affine_only.CONVOLUTIONAL}
+    assert parts == {"tuning", "shown"}
 
 
 def test_a_best_rate_at_the_edge_extends_the_grid_of_all_arms():
