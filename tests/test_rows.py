@@ -220,9 +220,9 @@ def edited(place, **changes):
 
     def change(lines):
         cell = json.loads(lines[place])
-        rows = changes.get("rows", cell["rows"])
-        spec = {**cell["spec"], **{k: v for k, v in changes.items() if k != "rows"}}
-        lines[place] = json.dumps({"spec": spec, "rows": rows}).encode()
+        own = {k: v for k, v in changes.items() if k in ("rows", "float32")}
+        spec = {**cell["spec"], **{k: v for k, v in changes.items() if k not in own}}
+        lines[place] = json.dumps({**cell, **own, "spec": spec}).encode()
         return lines
 
     return repacked(change)
@@ -269,6 +269,15 @@ HOSTILE = {
     "no rows": (edited(2, rows=[]), "line 4: rows: expected a list of rows"),
     "a row that is a list": (edited(2, rows=[[1]]), "line 4: row 1: expected an object"),
     "a row of lists": (edited(2, rows=[{"a": 1}, {"a": [1]}]), "line 4: row 2: a: expected text"),
+    "names that are none": (edited(2, float32="a"), "line 4: float32: expected a list of columns"),
+    "a text of single precision": (
+        edited(2, rows=[{"a": "1"}], float32=["a"]),
+        "line 4: row 1: a: expected a number of single precision",
+    ),
+    "too large for single precision": (
+        edited(2, rows=[{"a": 1e300}], float32=["a"]),
+        "line 4: row 1: a: expected a number of single precision",
+    ),
     "a row with a seed": (edited(2, rows=[{"seed": 1}]), "line 4: row 1: expected columns other"),
 }
 
@@ -284,6 +293,26 @@ def test_a_hostile_file_is_refused_with_file_and_line(results, what):
     assert message.startswith(str(results))
     assert message.isprintable()
     assert len(message) < 600
+
+
+def test_numbers_of_single_precision_take_few_digits_and_keep_every_bit(results):
+    powers = [np.float32(10.0**k) for k in range(-38, 38)]
+    drawn = np.random.default_rng(0).standard_normal((76, 500), np.float32)
+    numbers = [float(v) for draw, power in zip(drawn, powers, strict=True) for v in draw * power]
+    numbers += [0.0, -0.0, 1.401298464324817e-45, 3.4028234663852886e38, 0.10000000149011612]
+    mixed = [*numbers[1:], 0.1]  # one of double precision: all of them stay
+    rows = [{"a": a, "b": b, "n": 1} for a, b in zip(numbers, mixed, strict=True)]
+    (cell, *_) = _runs.read_cells([results])
+    packed = _runs.pack([cell._replace(rows=rows)], "0")
+    lines = gzip.decompress(packed).splitlines()
+    assert json.loads(lines[1])["float32"] == ["a"]
+    (file,) = results.glob("*.jsonl.gz")
+    file.write_bytes(packed)
+    (again,) = _runs.read_packed(file)
+    assert [list(map(repr, row.values())) for row in again.rows] == [
+        list(map(repr, row.values())) for row in rows
+    ]
+    assert len(repr(json.loads(lines[1])["rows"][500]["a"])) < len(repr(numbers[500]))
 
 
 def test_a_bomb_is_not_unpacked_before_it_is_refused(results):

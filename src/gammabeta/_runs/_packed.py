@@ -1,7 +1,10 @@
 """Packed cells: what is kept of one experiment's finished cells, in one compressed file.
 
     <experiment>.jsonl.gz    line 1   schema, experiment, gammabeta, cells, thinned, sha256
-                             line 2.. one cell each: {"spec": ..., "rows": [...]}
+                             line 2.. one cell each: {"spec": ..., "rows": [...], "float32": [...]}
+
+`float32` names the columns, if any, whose numbers are all of single precision: they stand there
+with the 6 to 9 digits that single precision has, not with the 17 of the same number in double.
 
 A folder of such files, or one file, is read wherever a run folder is. The same cells give the
 same bytes (with one zlib): cells in order, keys sorted, no time and no name in the gzip header.
@@ -10,6 +13,8 @@ same bytes (with one zlib): cells in order, keys sorted, no time and no name in 
 import gzip
 import hashlib
 import json
+import math
+import struct
 import zlib
 from bisect import bisect_left
 from collections.abc import Iterable, Sequence
@@ -44,6 +49,7 @@ from gammabeta._runs._check import (
 )
 
 MAX_PACKED = 300_000
+_SINGLE = "float32"
 _DERIVED = ("cpu_seconds",)  # differs from machine to machine, and decides nothing
 _DO = "Take the file from where it was made, or accept the run again."
 
@@ -116,7 +122,8 @@ def pack(cells: Iterable[StoredCell], gammabeta: str, thinned: int = 0) -> bytes
     for cell in ordered:
         spec = {key: value for key, value in cell.spec.items() if key not in _DERIVED}
         check_spec(spec, cell.path)
-        lines.append(_line({"spec": spec, "rows": cell.rows}))
+        rows, short = _shortened(cell.rows)
+        lines.append(_line({"spec": spec, "rows": rows} | ({_SINGLE: short} if short else {})))
     body = "".join(lines).encode()
     head = {
         "schema": SCHEMA,
@@ -127,6 +134,44 @@ def pack(cells: Iterable[StoredCell], gammabeta: str, thinned: int = 0) -> bytes
         "sha256": hashlib.sha256(body).hexdigest(),
     }
     return gzip.compress(_line(head).encode() + body, 9, mtime=0)
+
+
+def _shortened(rows: Sequence[Row]) -> tuple[list[Row], list[str]]:
+    """Rows with columns of single precision in few digits, and the names of these columns.
+
+    >>> _shortened([{"loss": 0.10000000149011612}, {"loss": 0.5}])
+    ([{'loss': 0.1}, {'loss': 0.5}], ['loss'])
+    """
+    columns: dict[str, list[Any]] = {}
+    for row in rows:
+        for name, value in row.items():
+            columns.setdefault(name, []).append(value)
+    short: dict[str, list[float]] = {}
+    for name, values in columns.items():
+        if all(isinstance(value, float) and _single(value) == value for value in values):
+            found = [_few_digits(value) for value in values]
+            if found != values:
+                short[name] = found
+    if not short:
+        return list(rows), []
+    rest = {name: iter(values) for name, values in short.items()}
+    return [{k: next(rest[k]) if k in rest else v for k, v in row.items()} for row in rows], [
+        *short
+    ]
+
+
+def _single(value: float) -> float:
+    """The nearest number of single precision; infinite where there is none."""
+    try:
+        return float(struct.unpack("f", struct.pack("f", value))[0])
+    except OverflowError:
+        return math.inf
+
+
+def _few_digits(value: float) -> float:
+    """The number of fewest digits, 6 to 9, whose nearest of single precision this is."""
+    candidates = (float(f"{value:.{digits}g}") for digits in range(6, 10))
+    return next(found for found in candidates if _single(found) == value)
 
 
 def _line(value: Any) -> str:
@@ -207,9 +252,9 @@ def _cells(text: bytes, path: Path) -> list[StoredCell]:
 
 def _cell(line: bytes, path: Path, field: str, experiment: str) -> StoredCell:
     value = parse(line, path, field)
-    keys = isinstance(value, dict) and value.keys() == {"spec", "rows"}
+    keys = isinstance(value, dict) and value.keys() - {_SINGLE} == {"spec", "rows"}
     need(keys, path, field, "an object of spec and rows", value, _DO)
-    spec, rows = value["spec"], value["rows"]
+    spec, rows, single = value["spec"], value["rows"], value.get(_SINGLE, [])
     if not isinstance(spec, dict):
         raise fail(path, f"{field}: spec", "an object", show(spec), _DO)
     try:
@@ -219,6 +264,14 @@ def _cell(line: bytes, path: Path, field: str, experiment: str) -> StoredCell:
     need(spec["experiment"] == experiment, path, f"{field}: spec: experiment", experiment,
          spec["experiment"])  # fmt: skip
     need(isinstance(rows, list) and bool(rows), path, f"{field}: rows", "a list of rows", rows)
+    names = isinstance(single, list) and all(isinstance(name, str) for name in single)
+    need(names, path, f"{field}: {_SINGLE}", "a list of columns", single)
     for place, row in enumerate(rows, 1):
-        check_row(row, spec["arm"], path, f"{field}: row {place}")
+        where = f"{field}: row {place}"
+        check_row(row, spec["arm"], path, where)
+        for name in row.keys() & set(single):
+            value = row[name]
+            fits = isinstance(value, float) and math.isfinite(_single(value))
+            need(fits, path, f"{where}: {name}", "a number of single precision", value)
+            row[name] = _single(value)
     return StoredCell(spec, rows, path / cell_name(spec))
