@@ -63,6 +63,7 @@ DISPUTES = (
 def write(cells: Sequence[StoredCell], found: Judged, rules: Mapping[str, Rule]) -> str:
     """The whole page; of an experiment the verdicts of its largest budget."""
     parts = [_HEAD, _table(found.verdicts, rules)]
+    parts.append(_decided(found.verdicts))
     if found.multiplicity is not None:
         parts.append(_multiplicity(found.multiplicity))
     if found.varied:
@@ -154,6 +155,24 @@ def _rule(claim: str, rule: Rule | None) -> str:
     commit = f"`{rule.commit[:10]}`" if rule.commit else "no history"
     changed = claim in claims() and digest(claims()[claim]) != rule.digest
     return f"{commit}, **amended after data**" if rule.amended or changed else commit
+
+
+def _decided(verdicts: Iterable[Verdict]) -> str:
+    """How many claims are decided, and how precisely."""
+    known = claims()
+    own = [v for v in verdicts if v.claim in known and known[v.claim].kind == "statistical"]
+    decided = [v for v in own if v.status in ("supported", "refuted")]
+    sized = [v for v in decided if v.delta and v.half_width is not None]
+    fine = sum(v.half_width <= v.delta / 2 for v in sized if v.delta and v.half_width is not None)
+    count = {s: sum(v.status == s for v in own) for s in ("mixed", "inconclusive")}
+    share = 100 * len(decided) / max(len(own), 1)
+    return (
+        f"Of {len(own)} statistical claims {len(decided)} are decided in the fair setting "
+        f"({share:.0f} %), {sum(v.stage > 1 for v in decided)} of them by a second stage; "
+        f"{count['mixed']} are mixed, {count['inconclusive']} undecided. Where the rule has a "
+        f"delta, {fine} of {len(sized)} decided effects are known to half of it: the others are "
+        "far from their limit, or spread too much for 16 seeds.\n"
+    )
 
 
 def _multiplicity(found: Multiplicity) -> str:
