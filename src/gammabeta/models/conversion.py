@@ -71,7 +71,11 @@ def convert(
             calls. There is one trace for each mode and each combination of optional arguments;
             if one fails, as with ``if flag:``, nothing is fused, and the report says why. A model
             that is itself an ``nn.Sequential`` needs no trace. An activation that is a function
-            in the forward code stays there. A trace shows neither methods other than forward,
+            in the forward code stays there, and so does one that is called in several places
+            (a module of its own for each is fused) or behind a residual sum, as in a ResNet's
+            blocks. There write ``bn = gb.BatchNormAct2d(channels, act="relu")`` in ``__init__``
+            and ``bn(y, residual)`` for ``relu(bn(y) + residual)`` in ``forward``: it takes the
+            same ``state_dict``. A trace shows neither methods other than forward,
             nor what forward does once attributes of the model have changed, nor code outside
             that calls the layer or indexes a container: see to it that these do not use the
             output of a fused layer, which is that of its activation.
