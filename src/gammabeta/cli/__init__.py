@@ -22,7 +22,6 @@ from gammabeta import __version__
 from gammabeta.cli._check import check as find_misuse
 from gammabeta.cli._demo import demo
 from gammabeta.cli._explain import explain
-from gammabeta.cli._more import more
 from gammabeta.cli._parts import (
     FAILED,
     FINE,
@@ -73,14 +72,6 @@ study.command(
         "study explain act-all              # from the accepted rows",
         "study explain act-all runs/small   # from a run of yours",
         "study explain ics-reduced --json",
-    ),
-)
-study.command(
-    more,
-    help_epilogue=examples(
-        "study more --dry-run               # what would it take?",
-        "study more imagenet-7pct -o runs/mine",
-        "study more runs/small --data-dir data",
     ),
 )
 app.command(
