@@ -2,12 +2,12 @@
 
 import copy
 import pickle
-import sys
 import time
 import warnings
 from datetime import timedelta
 from pathlib import Path
 
+import ranks
 import torch
 import torch.distributed as dist
 from torch import nn
@@ -176,14 +176,10 @@ def channels(rank: int, size: int) -> dict:
 
 
 def main(rank: int, size: int, folder: str, sizes: list[int]) -> None:
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=size)
+    warnings.simplefilter("ignore")
+    ranks.meet(rank, size, folder)
     found = {"laws": laws(rank, size, sizes), "training": training(rank, size, sizes)}
     found |= {"faults": faults(rank, size), "absent": absent(rank, size)}
     if size == 2:
         found["channels"] = channels(rank, size)
     torch.save(found, Path(folder) / f"rank{rank}.pt")
-
-
-if __name__ == "__main__":
-    main(int(sys.argv[1]), int(sys.argv[2]), sys.argv[3], [int(s) for s in sys.argv[4].split(",")])

@@ -1,11 +1,8 @@
 """Synchronized statistics: several processes compute what one computes on the whole batch."""
 
-import os
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
+import ranks as ranks_of
+import sync_worker
 import torch
 import torch.distributed as dist
 from sync_worker import inputs, make_layer, step
@@ -13,7 +10,6 @@ from torch import nn
 
 import gammabeta as gb
 
-WORKER = Path(__file__).with_name("sync_worker.py")
 SIZES = {2: [5, 11], 3: [5, 0, 11]}
 # of these every rank has its own samples' part; the others are equal on all ranks
 OWN = {"y", "dx", "dresidual", "ddx"}
@@ -22,24 +18,25 @@ SUMMED = {"dweight", "dbias", "ddweight"}
 pytestmark = pytest.mark.skipif(not dist.is_gloo_available(), reason="torch was built without gloo")
 
 
-@pytest.fixture(scope="module", params=[2, 3], ids=["2 ranks", "3 ranks"])
-def ranks(request, tmp_path_factory):
-    size = request.param
-    folder = tmp_path_factory.mktemp("ranks")
-    sizes = ",".join(map(str, SIZES[size]))
-    command = [sys.executable, "-W", "ignore", str(WORKER)]
+@pytest.fixture(scope="module")
+def results(tmp_path_factory):
+    """Of all groups at once: each waits some seconds for a rank that does not come."""
+    folders = {size: tmp_path_factory.mktemp("ranks") for size in SIZES}
     started = [
-        subprocess.Popen(
-            [*command, str(rank), str(size), str(folder), sizes],
-            stderr=subprocess.PIPE,
-            text=True,
-            env={**os.environ, "OMP_NUM_THREADS": "1"},
-        )
-        for rank in range(size)
+        ranks_of.start(sync_worker.main, size, size, str(folder), SIZES[size])
+        for size, folder in folders.items()
     ]
-    errors = [process.communicate(timeout=200)[1] for process in started]
-    assert all(process.returncode == 0 for process in started), "\n".join(errors)
-    return [torch.load(folder / f"rank{rank}.pt", weights_only=False) for rank in range(size)]
+    for group in started:
+        ranks_of.end(group)
+    return {
+        size: [torch.load(folder / f"rank{rank}.pt", weights_only=False) for rank in range(size)]
+        for size, folder in folders.items()
+    }
+
+
+@pytest.fixture(scope="module", params=[2, 3], ids=["2 ranks", "3 ranks"])
+def ranks(request, results):
+    return results[request.param]
 
 
 def whole(ranks, law: str, name: str) -> torch.Tensor:
