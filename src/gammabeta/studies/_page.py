@@ -75,6 +75,8 @@ def write(cells: Sequence[StoredCell], found: Judged, rules: Mapping[str, Rule])
         parts.append("\n".join(f"- {_plain(text)}" for text in found.surprises) + "\n")
     parts.append("## The answers\n")
     parts += [_answer(verdict, rules.get(verdict.claim)) for verdict in found.verdicts]
+    if left := _without_experiment():
+        parts.append(left)
     parts.append(_made_by(cells))
     return "\n".join(parts)
 
@@ -206,6 +208,23 @@ def _answer(verdict: Verdict, rule: Rule | None) -> str:
         )
     lines += [f"- {_plain(note)}" for note in verdict.notes]
     return "\n".join(lines) + "\n"
+
+
+def _without_experiment() -> str:
+    """The claims that cannot be judged yet."""
+    left = [claim for claim in claims().values() if claim.experiment is None]
+    if not left:
+        return ""
+    return "\n".join(
+        [
+            "## Without an experiment yet\n",
+            f"{len(left)} of {len(claims())} claims are left for later: all of them go beyond the "
+            "texts that the registry began with, and no claim of those rests on them. Their rules "
+            "are fixed (`gammabeta study explain ID`).\n",
+            *(f"- {claim.id}: {_plain(claim.question)} {_plain(claim.source)}." for claim in left),
+            "",
+        ]
+    )
 
 
 def _made_by(cells: Sequence[StoredCell]) -> str:
