@@ -44,6 +44,13 @@ def test_all_parts_have_to_hold_and_the_effect_is_that_of_the_first():
     assert joint({}, 5).status == "inconclusive"
 
 
+def test_why_it_is_supported_is_said_without_a_plural_of_one():
+    assert joint({"a": HOLDS["above"]}, 5).reason == outcome(HOLDS["above"], 5).reason
+    two = {name: HOLDS[name] for name in ("above", "differs")}
+    assert joint(two, 5).reason == "both parts supported"
+    assert joint(HOLDS, 5).reason == "all 5 parts supported"
+
+
 def test_levels_that_disagree_are_mixed():
     first, second = HOLDS["above"]._replace(level="1"), FAILS["above"]._replace(level="2")
     assert joint({"a": first, "b": second}, 5).status == "mixed"

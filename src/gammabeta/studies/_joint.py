@@ -54,7 +54,8 @@ def joint(parts: Mapping[str, Part], least: int) -> Outcome:
     else:
         status = "mixed" if statuses == {"supported", "refuted"} else "inconclusive"
     if status == "supported":
-        reason = f"all {len(cells)} parts supported"
+        few = {1: cells[next(iter(cells))].reason, 2: "both parts supported"}
+        reason = few.get(len(cells), f"all {len(cells)} parts supported")
     else:
         reason = "; ".join(f"{n}: {c.reason}" for n, c in cells.items() if c.status != "supported")
     first = next(iter(cells))

@@ -335,11 +335,11 @@ def _supervision(tuned: Tuned) -> Verdict:
     words = Words(
         "auxiliary heads gain accuracy and batch normalization gains more; the smallest difference "
         "is {weakest}",
-        "not both hold with every activation, that auxiliary heads gain {delta} points and that "
-        "batch normalization gains {delta} more: {refuted}",
+        "not both hold with every activation, that auxiliary heads raise the accuracy, in points, "
+        "by at least {delta} and that batch normalization raises it by {delta} more: {refuted}",
         "the smallest difference is {weakest}",
-        "auxiliary heads gain {delta} points, and batch normalization {delta} more, with one "
-        "activation only; not {refuted}",
+        "auxiliary heads raise the accuracy, in points, by at least {delta}, and batch "
+        "normalization by {delta} more, with one activation only; not {refuted}",
     )
     verdict = fair_verdict(
         "deep-supervision",
