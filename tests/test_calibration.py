@@ -4,9 +4,10 @@ import copy
 import math
 
 import pytest
+import ranks
 import torch
 from torch import distributed as dist
-from torch import multiprocessing, nn
+from torch import nn
 from torch.nn import functional as F
 from torch.optim.swa_utils import update_bn
 
@@ -605,8 +606,7 @@ def test_layers_that_feed_each_other_in_turn_are_said():
 
 
 def _rank(rank, folder):
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2)
+    ranks.meet(rank, 2, folder)
     x = data(24)
     mine = [x[:4], x[4:5], x[5:18]] if rank == 0 else [x[18:]]
     results = {}
@@ -652,7 +652,7 @@ def _rank(rank, folder):
 
 
 def test_two_ranks_with_uneven_data_end_with_the_statistics_of_all(tmp_path):
-    multiprocessing.spawn(_rank, (str(tmp_path),), nprocs=2)
+    ranks.end(ranks.start(_rank, 2, str(tmp_path)))
     first, second = (torch.load(tmp_path / f"{rank}.pt") for rank in range(2))
     x = data(24)
     alone = net()
@@ -672,9 +672,9 @@ def test_two_ranks_with_uneven_data_end_with_the_statistics_of_all(tmp_path):
         gb.calibrate(alone, [x[:4], x[4:5], x[5:18], x[18:]], order=order)
         for kind in ("BatchNorm2d", "SyncBatchNorm"):
             for key, value in statistics(alone).items():
-                ranks = [part[f"{kind} {order}"][0][key] for part in (first, second)]
-                assert torch.equal(*ranks), "the ranks disagree"
-                torch.testing.assert_close(ranks[0], value, rtol=1e-4, atol=1e-4)
+                both = [part[f"{kind} {order}"][0][key] for part in (first, second)]
+                assert torch.equal(*both), "the ranks disagree"
+                torch.testing.assert_close(both[0], value, rtol=1e-4, atol=1e-4)
     assert first["error"] == "OSError: disk"
     assert "rank 0 of the group failed with OSError('disk')" in second["error"]
 

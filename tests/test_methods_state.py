@@ -6,11 +6,11 @@ import copy
 import functools
 import io
 import pickle
-import subprocess
-import sys
 
 import pytest
+import ranks
 import torch
+import torch.distributed as dist
 from test_methods import F64, METHODS, build, data
 from torch import nn
 from torch.utils.checkpoint import checkpoint
@@ -439,34 +439,24 @@ def test_forward_mode_through_zca_is_refused_by_pytorch_in_words():
             layer(x)
 
 
-RANK = """
-import sys, torch, torch.distributed as dist, gammabeta as gb
-rank, folder = int(sys.argv[1]), sys.argv[2]
-torch.set_num_threads(1)
-dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2)
-layer = gb.BatchRenorm1d(6, r_max=1.3, d_max=0.4, dtype=torch.float64)
-gb.sync_statistics(layer)
-whole = torch.load(f"{folder}/x.pt")
-x = whole[:3] if rank == 0 else whole[3:]
-x.requires_grad_()
-for _ in range(2):
-    y = layer(x)
-y.sin().sum().backward()
-torch.save((y.detach(), x.grad, layer.state_dict()), f"{folder}/{rank}.pt")
-dist.destroy_process_group()
-"""
+def _rank(rank, folder):
+    ranks.meet(rank, 2, folder)
+    layer = gb.BatchRenorm1d(6, r_max=1.3, d_max=0.4, dtype=F64)
+    gb.sync_statistics(layer)
+    whole = torch.load(f"{folder}/x.pt")
+    x = whole[:3] if rank == 0 else whole[3:]
+    x.requires_grad_()
+    for _ in range(2):
+        y = layer(x)
+    y.sin().sum().backward()
+    torch.save((y.detach(), x.grad, layer.state_dict()), f"{folder}/{rank}.pt")
+    dist.destroy_process_group()
 
 
-@pytest.mark.skipif(not torch.distributed.is_gloo_available(), reason="torch without gloo")
+@pytest.mark.skipif(not dist.is_gloo_available(), reason="torch without gloo")
 def test_renorm_over_two_processes_is_renorm_over_the_whole_batch(tmp_path):
     torch.save(data((8, 6)), tmp_path / "x.pt")
-    command = [sys.executable, "-W", "ignore", "-c", RANK]
-    started = [
-        subprocess.Popen([*command, str(rank), str(tmp_path)], stderr=subprocess.PIPE, text=True)
-        for rank in range(2)
-    ]
-    errors = [process.communicate(timeout=120)[1] for process in started]
-    assert all(process.returncode == 0 for process in started), "\n".join(errors)
+    ranks.end(ranks.start(_rank, 2, str(tmp_path)))
     found = [torch.load(tmp_path / f"{rank}.pt") for rank in range(2)]
     alone = gb.BatchRenorm1d(6, r_max=1.3, d_max=0.4, dtype=F64)
     x = data((8, 6)).requires_grad_()

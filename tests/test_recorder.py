@@ -6,15 +6,14 @@ import gc
 import json
 import logging
 import math
-import os
 import signal
-import subprocess
-import sys
 import time
 import warnings
 
 import pytest
+import ranks
 import torch
+import torch.distributed as dist
 from networks import batch_for, conv_residual, functional_net, mlp, resnet_like
 from torch import nn
 from torch.nn.functional import cross_entropy, mse_loss
@@ -322,25 +321,30 @@ def test_a_checkpoint_goes_on_as_if_it_had_not_been_interrupted(tmp_path):
         assert one.series[name] == two.series[name], name
 
 
+def _train_for_ever(rank, path):
+    torch.set_num_threads(1)
+    net = mlp()
+    rec = gb.Recorder(net, every=1, path=path, max_overhead=None)
+    while True:
+        rec.step(cross_entropy, batch_for(net, 16))
+
+
 def test_a_killed_training_leaves_whole_lines_and_is_resumed(tmp_path):
     """SIGKILL at any moment, several times; then the file has every step once."""
     path = tmp_path / "r.jsonl"
-    program = (
-        "import torch, gammabeta as gb; from networks import *; torch.set_num_threads(1)\n"
-        f"net = mlp(); rec = gb.Recorder(net, every=1, path={str(path)!r}, max_overhead=None)\n"
-        "print('ready', flush=True)\n"
-        "while True: rec.step(torch.nn.functional.cross_entropy, batch_for(net, 16))\n"
-    )
-    here = os.path.dirname(__file__)
+
+    def lines():
+        return path.read_bytes().count(b"\n") if path.exists() else 0
+
     for delay in (0.3, 0.41):
-        process = subprocess.Popen(
-            [sys.executable, "-c", program], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL,
-            env={**os.environ, "PYTHONPATH": here},
-        )  # fmt: skip
-        process.stdout.readline()
+        wanted = lines() + 6
+        (process,) = ranks.start(_train_for_ever, 1, str(path)).processes
+        while lines() < wanted:
+            assert process.is_alive()
+            time.sleep(0.01)
         time.sleep(delay)
         process.kill()
-        process.communicate()
+        process.join()
     record = gb.read_record(path)
     assert record.steps == list(range(len(record.steps)))
     assert len(record.steps) > 10
@@ -597,47 +601,36 @@ def test_a_state_of_something_else_is_refused():
 
 # --- several processes ----------------------------------------------------------------------
 
-WORKER = """
-import sys, torch, gammabeta as gb, torch.distributed as dist
-from networks import *
-from torch.nn.functional import cross_entropy
-from torch.nn.parallel import DistributedDataParallel
-rank, folder, shared = int(sys.argv[1]), sys.argv[2], sys.argv[3] == "shared"
-torch.set_num_threads(1)
-dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
-net = mlp()
-if shared:
-    gb.sync_statistics(net)
-def slow(step, memory):
-    import time; time.sleep(0.02 * (1 + 3 * rank)); return {"rank": torch.tensor(rank)}
-ddp = DistributedDataParallel(net)
-optimizer = torch.optim.SGD(ddp.parameters(), lr=0.1)
-rec = gb.Recorder(ddp, optimizer=optimizer, every=1, probes=("weights", "gradients", slow),
-                  path=f"{folder}/r.jsonl", max_overhead=0.01)
-for k in range(12):
-    x, y = batch_for(net, 8, seed=2 * k + rank)
-    rec.step(cross_entropy, (x, y))
-    optimizer.zero_grad(); cross_entropy(ddp(x), y).backward(); optimizer.step()
-torch.save([net.state_dict(), rec.skipped], f"{folder}/{rank}.pt")
-dist.barrier()
-"""
+
+def _rank(rank, folder, shared):
+    warnings.simplefilter("ignore")
+    ranks.meet(rank, 2, folder)
+    net = mlp()
+    if shared:
+        gb.sync_statistics(net)
+
+    def slow(step, memory):
+        time.sleep(0.02 * (1 + 3 * rank))
+        return {"rank": torch.tensor(rank)}
+
+    ddp = nn.parallel.DistributedDataParallel(net)
+    optimizer = torch.optim.SGD(ddp.parameters(), lr=0.1)
+    rec = gb.Recorder(ddp, optimizer=optimizer, every=1, probes=("weights", "gradients", slow),
+                      path=f"{folder}/r.jsonl", max_overhead=0.01)  # fmt: skip
+    for k in range(12):
+        x, y = batch_for(net, 8, seed=2 * k + rank)
+        rec.step(cross_entropy, (x, y))
+        optimizer.zero_grad()
+        cross_entropy(ddp(x), y).backward()
+        optimizer.step()
+    torch.save([net.state_dict(), rec.skipped], f"{folder}/{rank}.pt")
+    dist.barrier()
 
 
-@pytest.mark.skipif(not torch.distributed.is_gloo_available(), reason="torch without gloo")
+@pytest.mark.skipif(not dist.is_gloo_available(), reason="torch without gloo")
 @pytest.mark.parametrize("kind", ["own", "shared"])
 def test_of_several_processes_rank_0_writes_and_the_record_says_what_that_means(kind, tmp_path):
-    env = {**os.environ, "PYTHONPATH": os.path.dirname(__file__), "OMP_NUM_THREADS": "1"}
-    started = [
-        subprocess.Popen(
-            [sys.executable, "-W", "ignore", "-c", WORKER, str(rank), str(tmp_path), kind],
-            env=env,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for rank in range(2)
-    ]
-    errors = [process.communicate(timeout=120)[1] for process in started]
-    assert all(process.returncode == 0 for process in started), "\n".join(errors)
+    ranks.end(ranks.start(_rank, 2, str(tmp_path), kind == "shared"))
     record = gb.read_record(tmp_path / "r.jsonl")
     assert record.errors == []
     assert set(record.series["slow/rank"].values) == {0}
