@@ -982,8 +982,25 @@ def clean():
 def raises():
     raise KeyError("lost")
 
+def raises_from():
+    try:
+        raises()
+    except KeyError as error:
+        raise RuntimeError("no model") from error
+
 def mismatched():
     return network(False), torch.randn(3, 7)
+
+def own_forward():
+    class Net(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.inner = network(False)
+
+        def forward(self, x):
+            return self.inner(x)
+
+    return Net(), torch.randn(3, 7)
 
 def nothing():
     return 3
@@ -1092,6 +1109,20 @@ def test_what_the_command_cannot_use_is_said_with_code_2(factories, capsys, word
     code, out, err = command(capsys, *(word.format(factories) for word in words))
     assert (code, out) == (2, "")
     assert (said.format(factories) if "write" in said else said) in err
+
+
+@pytest.mark.parametrize(
+    ("name", "frames"),
+    [("raises", 1), ("raises_from", 3), ("mismatched", 0), ("own_forward", 1)],
+)
+def test_of_a_factory_that_raises_only_its_own_frames_are_shown(factories, capsys, name, frames):
+    _, _, err = command(capsys, f"{factories}:{name}")
+    shown = [line for line in err.splitlines() if line.startswith("  File ")]
+    assert len(shown) == frames
+    assert all(f"{factories}.py" in line for line in shown)
+    *_, last = err.splitlines()
+    assert " raised " in last
+    assert err.count(last.partition(" raised ")[2]) == 1
 
 
 def test_the_command_finds_modules_beside_it(factories):

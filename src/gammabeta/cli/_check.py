@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 import traceback
 from collections.abc import Callable, Iterator, Mapping
@@ -13,7 +14,7 @@ from typing import Annotated, Any
 
 from cyclopts import Group, Parameter
 
-from gammabeta.cli._parts import FAILED, FINE, Json, Unusable, dump, usable
+from gammabeta.cli._parts import FAILED, FINE, Json, Unusable, complain, dump, usable
 
 _WHICH = Group("Which rules", sort_key=1)
 _INSTEAD = Group("Instead of a check", sort_key=2)
@@ -108,9 +109,34 @@ def _theirs(what: str) -> Iterator[None]:
     except Exception as error:
         spoken = isinstance(error, ValueError | TypeError) and str(error).startswith(_OWN)
         if not spoken:
-            traceback.print_exc()
+            complain(_where(error))
         text = str(error) if spoken else f"{what} raised {type(error).__name__}: {error}"
         raise Unusable(text) from error
+
+
+def _where(error: Exception) -> str:
+    """The traceback by the user's frames alone, without its last line: a sentence follows."""
+    import torch
+
+    import gammabeta
+
+    ours, theirs, python = (
+        os.path.dirname(str(module.__file__)) + os.sep for module in (gammabeta, torch, os)
+    )
+
+    def shown(file: str) -> bool:
+        packages = "site-packages" in file  # below Python's own files, but none of them
+        return not file.startswith((ours, theirs, "<frozen importlib")) and (
+            packages or not file.startswith(python)
+        )
+
+    told = traceback.TracebackException.from_exception(error)
+    last = "" if isinstance(error, SyntaxError) else "".join(told.format_exception_only())
+    part: traceback.TracebackException | None = told
+    while part is not None:
+        part.stack[:] = [frame for frame in part.stack if shown(frame.filename)]
+        part = part.__cause__ or part.__context__
+    return "".join(told.format()).removesuffix(last).rstrip()
 
 
 def _made(target: str) -> dict[str, Any]:
