@@ -106,7 +106,7 @@ def test_the_convolutional_network_is_shown_and_decides_nothing(other):
     gain = cells["gamma and beta − random weights, convolutional"]
     assert (gain["part"], gain["n"]) == ("shown", 16)
     assert gain["effect"] == pytest.approx(other, abs=0.3)
-    assert cells["accuracy, output, convolutional"]["n"] == 16
+    assert cells["accuracy, output, convolutional"]["n"] == 5
     (said,) = [n for n in verdict.notes if n.startswith("Shown, convolutional network: ")]
     assert "n = 16" in said
     parts = {c.arm["part"] for c in asked if c.arm["group"] == affine_only.CONVOLUTIONAL}
