@@ -62,7 +62,7 @@ import torch
 from gammabeta._runs import Row, Scalar
 from gammabeta.studies._answer import Words
 from gammabeta.studies._asked import Asked, Parts, planned, verdict
-from gammabeta.studies._attacks.contrasts import Pairs, less, mean, pairs
+from gammabeta.studies._attacks.contrasts import NAMES, Pairs, less, notes, pairs
 from gammabeta.studies._attacks.robust import State, curves, kept, network, take_back, under_attack
 from gammabeta.studies._claims import claims
 from gammabeta.studies._data import Images
@@ -89,14 +89,6 @@ CLAIMS = ("adversarial",)
 DENSE = "dense"
 GROUPS = {DENSE: NORMS}
 SHOWN = ("bn, first layer", "bn, eps 1")
-# column -> name, level
-NAMES = {
-    "pgd_linf": ("PGD-5, Linf 0.05", "adversarial examples"),
-    "fgsm_linf": ("FGSM, Linf 0.05", "adversarial examples"),
-    "pgd_l2": ("PGD-5, L2 1", "adversarial examples"),
-    "fgsm_l2": ("FGSM, L2 1", "adversarial examples"),
-    "noise": ("Gaussian noise 0.5", "noise"),
-}
 EVERY = 10  # steps between two looks along training
 
 
@@ -281,7 +273,7 @@ def judge(rows: list[Row]) -> list[Verdict]:
             _asked(tuned, "fair"),
             _asked(tuned, "pilot"),
             least=LEAST_SEEDS,
-            notes=[*tuned.notes(), *_notes(tuned)],
+            notes=[*tuned.notes(), *notes(*_pairs(tuned, "fair", "bn"))],
             beside=beside,
         )
     ]
@@ -295,22 +287,6 @@ WORDS = Words(
     "networks with batch normalization lose more than {delta} point more to adversarial examples "
     "or to noise, not to both; not so: {refuted}",
 )
-
-
-def _notes(tuned: Tuned) -> list[str]:
-    """Accuracies as they are, how far arms were taken back, and pairs that do not count."""
-    (counted, left_out), notes = _pairs(tuned, "fair", "bn"), []
-    if left_out:
-        notes.append(f"Pairs that are not at equal clean accuracy, and are left out: {left_out}.")
-    if not counted:
-        return notes
-    columns = {"clean": "as they are", **{column: name for column, (name, _) in NAMES.items()}}
-    for net in NORMS:
-        said = ", ".join(f"{name} {mean(counted, net, column, 100):.1f}"
-                         for column, name in columns.items())  # fmt: skip
-        step = mean(counted, net, "step")
-        notes.append(f"Accuracy in % of {net}: {said}; at step {step:.0f} on average.")
-    return notes
 
 
 def figures(rows: list[Row]) -> list[dict[str, Any]]:

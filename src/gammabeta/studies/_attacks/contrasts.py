@@ -7,6 +7,15 @@ from collections.abc import Mapping, Sequence
 from gammabeta._runs import Row, Scalar
 from gammabeta.studies._pairs import NORMS
 
+# column -> name, level
+NAMES = {
+    "pgd_linf": ("PGD-5, Linf 0.05", "adversarial examples"),
+    "fgsm_linf": ("FGSM, Linf 0.05", "adversarial examples"),
+    "pgd_l2": ("PGD-5, L2 1", "adversarial examples"),
+    "fgsm_l2": ("FGSM, L2 1", "adversarial examples"),
+    "noise": ("Gaussian noise 0.5", "noise"),
+}
+
 Nets = Mapping[str, Row]  # by net
 Pairs = Mapping[int, Mapping[str, Nets]]  # by seed and stage
 
@@ -43,6 +52,20 @@ def less(nets: Nets, column: str) -> float:
     return 100 * (float(nets["none"][column] or 0.0) - float(nets["bn"][column] or 0.0))
 
 
-def mean(counted: Pairs, net: str, column: str, unit: float = 1.0) -> float:
-    """The mean of a column at the stage "equal"."""
-    return unit * statistics.fmean(float(p["equal"][net][column] or 0.0) for p in counted.values())
+def notes(counted: Pairs, left_out: int) -> list[str]:
+    """Accuracies as they are, how far arms were taken back, and pairs that do not count."""
+    found = []
+    if left_out:
+        found.append(f"Pairs that are not at equal clean accuracy, and are left out: {left_out}.")
+    columns = {"clean": "as they are", **{column: name for column, (name, _) in NAMES.items()}}
+    for net in NORMS if counted else ():
+        said = ", ".join(
+            f"{name} {100 * _mean(counted, net, column):.1f}" for column, name in columns.items()
+        )
+        step = _mean(counted, net, "step")
+        found.append(f"Accuracy in % of {net}: {said}; at step {step:.0f} on average.")
+    return found
+
+
+def _mean(counted: Pairs, net: str, column: str) -> float:
+    return statistics.fmean(float(p["equal"][net][column] or 0.0) for p in counted.values())
