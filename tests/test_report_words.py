@@ -145,6 +145,7 @@ def test_a_rule_that_was_amended_after_data_is_marked_wherever_its_claim_stands(
     write_registry(run, registry()[:3])
     write_derived(run, [verdict("act-all"), verdict("act-late")], [])
     html = without_scripts(text_of([run], tmp_path / "r.html"))
+    html = re.sub(r'<details class="key".*?</details>', "", html, flags=re.S)
     assert "amended" not in html.replace(".amended", "")
     assert "before its runs" not in html  # nothing is known of these rules
     write_rules(run, **{"act-all": "late", "act-late": "early"})
@@ -256,6 +257,71 @@ def test_all_claims_are_listed_with_both_verdicts(tmp_path):
     assert marks["act-late"] == ["refuted", "refuted"]
     assert marks["act-sigmoid-most"] == ["none"]
     assert [name for name, item in items.items() if "data-differ" in item] == ["act-all"]
+
+
+def test_the_first_screen_says_what_the_fair_test_overturned_and_how_to_dispute(tmp_path):
+    run = tmp_path / "run"
+    write_run(run)
+    write_registry(run, registry())
+    told = {"expected_false": 1.6, "supported": 17, "how": "An upper bound.", "family": {}}
+    sides = {"act-all": ("supported", "refuted"), "act-late": ("supported", "inconclusive")}
+    sides["act-sigmoid-most"] = ("refuted", "refuted")
+    entries = [
+        verdict(name, published_status=published, status=fair, delta=0.5)
+        for name, (published, fair) in sides.items()
+    ]
+    write_derived(run, entries, [], multiplicity=told)
+    html = without_scripts(text_of([run], tmp_path / "r.html"))
+    asked = re.search(r'<ul class="asked".*?</ul>', html, re.S).group()
+    first, false, dispute = re.findall("<li>.*?</li>", asked, re.S)
+    assert re.findall('href="#([^"]*)"', first) == ["verdict-act-all", "claims&amp;differ=yes"]
+    assert "2 claims</a>" in first
+    assert "17 claims are supported, done fairly; at most 1.6" in false
+    assert "To repeat or dispute" in dispute
+    items = dict(re.findall(r'<li id="claim-([\w-]+)".*?data-differ="(\w+)"', html))
+    assert items == {"act-all": "overturned", "act-late": "yes"}
+    card = html[html.index('id="verdict-act-all"') :]
+    assert card.index('href="#again-activations"') < card.index('id="again-activations"')
+
+
+@pytest.mark.parametrize("stage", [None, 1, True, HOSTILE, 2])
+def test_a_second_stage_is_marked_wherever_its_verdict_stands(stage, tmp_path):
+    run = tmp_path / "run"
+    write_registry(run, registry()[:1])
+    write_derived(run, [verdict("act-all") | ({} if stage is None else {"stage": stage})], [])
+    html = without_scripts(text_of([run], tmp_path / "r.html"))
+    card = html[html.index('id="verdict-act-all"') :]
+    parts = [first_row(html), html[html.index('id="claim-act-all"') :].split("</li>")[0], card]
+    assert ["second stage</span>" in part for part in parts] == [stage == 2] * 3
+    assert ('data-marks="second"' in parts[1]) == (stage == 2)
+    assert ('href="#claims&amp;mark=second">1</a>' in html) == (stage == 2)
+    words = html[html.index('<details class="key"') :].split("</details>")[0]
+    assert "<dt>second stage</dt>" in words
+    page.write([run], tmp_path / "r.md", markdown=True)
+    assert ("**second stage**" in (tmp_path / "r.md").read_text()) == (stage == 2)
+
+
+@pytest.mark.parametrize(
+    "word", ["fair", "as published", "δ (delta)", "Holm", "the cell nearest to its limit",
+             "per decrease of the loss", "budget", "second stage"]
+)  # fmt: skip
+def test_a_word_of_the_trade_is_explained(word, tmp_path):
+    write_registry(tmp_path / "run", registry()[:1])
+    write_derived(tmp_path / "run", [verdict("act-all")], [])
+    html = text_of([tmp_path / "run"], tmp_path / "r.html")
+    assert re.search(rf"<dt>{re.escape(word)}</dt><dd>[^<]{{40,}}\.</dd>", html)
+
+
+def test_the_effect_is_named_among_levels_and_not_by_the_control(tmp_path):
+    run = tmp_path / "run"
+    write_registry(run, registry()[:1])
+    parts = [("control", "accuracy", 3.0), ("level: a", "near", 0.4), ("level: b", "far", 0.9)]
+    cells = [
+        {"name": name, "part": part, "status": "supported", "effect": at, "n": 5}
+        for part, name, at in parts
+    ]
+    write_derived(run, [verdict("act-all", effect=0.4, ci=[0.3, 0.5], cells=cells)], [])
+    assert _content.gather([run]).verdicts[0]["at"] == "near"
 
 
 def test_surprises_lead_to_their_claims_and_stay_short(tmp_path):

@@ -10,7 +10,15 @@ from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
 
-from gammabeta._terminal._shared import MARKS, effect, make_console, make_table, mark, number
+from gammabeta._terminal._shared import (
+    MARKS,
+    SECOND_STAGE,
+    effect,
+    make_console,
+    make_table,
+    mark,
+    number,
+)
 
 if TYPE_CHECKING:
     from gammabeta.studies._card import Card
@@ -49,6 +57,7 @@ def explain(card: Card, protocol: bool = False) -> None:
         show(
             ("as published", mark(verdict.published_status)),
             ("fair", mark(verdict.status)),
+            ("second stage", SECOND_STAGE if verdict.stage > 1 else ""),
             ("effect", _effect(verdict)),
             ("precision", _precision(verdict)),
             ("place", f"{verdict.place or verdict.data}, budget {verdict.budget}"),

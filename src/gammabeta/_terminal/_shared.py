@@ -87,6 +87,9 @@ def effect(verdict: Found) -> str:
     return f"{number(size)} [{number(ci[0])}, {number(ci[1])}]"
 
 
+SECOND_STAGE = "fresh seeds, judged alone: the first left it undecided (see the notes)"
+
+
 def one_point(sentence: str) -> str:
     """A sentence whose number was filled in, with the singular where that is 1."""
     return re.sub(r"(?<![\d.,])1 points\b", "1 point", sentence)

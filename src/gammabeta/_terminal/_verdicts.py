@@ -15,6 +15,7 @@ from rich.text import Text
 from gammabeta._terminal._shared import (
     GAP,
     MARKS,
+    SECOND_STAGE,
     Found,
     effect,
     make_console,
@@ -102,12 +103,18 @@ def _cells(found: Sequence[Found]) -> dict[str, tuple[Text, Text, str, str, str]
             mark(verdict["published_status"]),
             mark(verdict["status"]),
             effect(verdict),
-            f"{verdict['n']}",
+            f"{verdict['n']}{'†' if _second(verdict) else ''}",
             # one budget for all is said below the table, where there is more room
             verdict["data"] if len(budgets) == 1 else f"{verdict['data']}, {verdict['budget']}",
         )
         for verdict in found
     }
+
+
+def _second(verdict: Found) -> bool:
+    """Whether it rests on fresh seeds alone; older files do not say."""
+    stage = verdict.get("stage", 1)
+    return isinstance(stage, int) and stage > 1
 
 
 def _widths(rows: Iterable[Sequence[Text | str]]) -> list[int]:
@@ -179,6 +186,8 @@ def _caption(found: Sequence[Found], units: bool) -> str:
     budgets = sorted({verdict["budget"] for verdict in found})
     if len(budgets) == 1:
         parts.append(f"Budget {budgets[0]}.")
+    if any(map(_second, found)):
+        parts.append(f"† second stage: {SECOND_STAGE}.")
     by_unit: dict[str, list[str]] = {}
     for verdict in found if units else ():
         if verdict["unit"]:
@@ -214,6 +223,7 @@ def card(claim: Claim, verdict: Found | None) -> None:
         size = f"{effect(verdict)} {verdict['unit']}, n = {verdict['n']}, on {where}"
         add("Published", mark(verdict["published_status"]))
         add("Fair", mark(verdict["status"]))
+        add("Second stage", SECOND_STAGE if _second(verdict) else "")
         add("Effect", size)
         add("Answer", verdict["sentence"])
         for note in verdict["notes"]:

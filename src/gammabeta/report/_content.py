@@ -36,6 +36,7 @@ Parts = dict[str, list[dict[str, Any]]]
 _MANY_PARTS = 24  # of one verdict: more are folded away
 _DECIDING = ("fair", "level", "control", "as rightly stated", "as worded")
 _MOST_SURPRISES = 3
+OVERTURNED = "overturned"  # supported as published, refuted in the fair test
 FIRST_SCREEN = 12  # rows: what a reader takes in at one glance
 # Kinds of runs that `study run` takes by another option than --budget.
 VARIANTS = ("fresh-seeds", "width-half", "width-double", "images-small")
@@ -97,7 +98,7 @@ class Content:
     claims: list[Claim] = field(default_factory=list)
     verdicts: list[Verdict] = field(default_factory=list)
     told: list[str] = field(default_factory=list)  # what the runs themselves call surprising
-    expected: list[str] = field(default_factory=list)
+    expected: list[tuple[str, str]] = field(default_factory=list)  # false ones, and why so many
     comparison: Comparison | None = None
     notices: list[str] = field(default_factory=list)
     rules: dict[str, str] = field(default_factory=dict)  # claim -> fixed or amended, if known
@@ -129,6 +130,20 @@ class Content:
                 short = rest.removesuffix(verdict["sentence"]).strip()
                 lines.append((verdict, short[:1].upper() + short[1:]))
         return lines
+
+    @property
+    def overturned(self) -> list[Claim]:
+        """Claims that are supported as published and refuted in the fair test."""
+        return [claim for claim in self.claims if claim["differ"] == OVERTURNED]
+
+    @property
+    def differing(self) -> list[Claim]:
+        """Claims whose two verdicts are not the same."""
+        return [claim for claim in self.claims if claim["differ"]]
+
+    def marked(self, mark: str) -> list[Claim]:
+        """Claims with a mark, "amended" or "second"."""
+        return [claim for claim in self.claims if mark in claim["marks"]]
 
     @property
     def opening(self) -> str:
@@ -273,8 +288,8 @@ def _protocols(derived: Mapping[str, Any], path: Path) -> dict[str, str]:
     return dict(value)
 
 
-def _expected(derived: Mapping[str, Any], path: Path, run: str) -> list[str]:
-    """One sentence: how many of the supported claims are so by chance, at most."""
+def _expected(derived: Mapping[str, Any], path: Path, run: str) -> list[tuple[str, str]]:
+    """How many of the supported claims are so by chance, at most, and how that was counted."""
     found = derived.get("multiplicity")
     if found is None:
         return []
@@ -288,9 +303,9 @@ def _expected(derived: Mapping[str, Any], path: Path, run: str) -> list[str]:
     told = (
         f"{number(found['supported'])} claims are supported, done fairly; at most "
         f"{number(found['expected_false'])} of them are to be expected by chance, were no claim "
-        f"true. {found['how']}"
+        "true."
     )
-    return [f"{run}: {told}" if run else told]
+    return [(f"{run}: {told}" if run else told, found["how"])]
 
 
 def _complete(page: Content, verdicts: Sequence[Verdict]) -> None:
@@ -310,6 +325,8 @@ def _complete(page: Content, verdicts: Sequence[Verdict]) -> None:
         verdict["exact"] = claim["kind"] == "exact"
         verdict["place"] = _place(verdict)
         verdict["short"] = _short(verdict)
+        stage = verdict.get("stage")
+        verdict["second"] = isinstance(stage, int) and stage > 1
         verdict["where"] = f"{verdict['place']} · budget {verdict['budget']}"
         verdict["variations"] = _varied(verdict)
         held = _held_in(verdict["variations"], verdict["status"])
@@ -328,18 +345,29 @@ def _complete(page: Content, verdicts: Sequence[Verdict]) -> None:
         claim["judged"] = judged.get(claim["id"], [])
         claim["statuses"] = list(dict.fromkeys(verdict["status"] for verdict in claim["judged"]))
         claim["published"] = list(dict.fromkeys(v["published_status"] for v in claim["judged"]))
-        claim["differ"] = any(
-            v["published_status"] not in (None, v["status"]) for v in claim["judged"]
-        )
+        claim["differ"] = _differ(claim["judged"])
+        claim["second"] = any(verdict["second"] for verdict in claim["judged"])
+        marks = {"amended": claim["amended"], "second": claim["second"]}
+        claim["marks"] = [mark for mark, there in marks.items() if there]
         claim["sources"] = _sources(claim["source"])
         claim["ratio"] = next((v["ratio"] for v in claim["judged"] if v["ratio"] is not None), None)
     page.scale = Scale([ratio for verdict in page.first for ratio in _ratios(verdict)])
 
 
+def _differ(verdicts: Sequence[Verdict]) -> str:
+    """How the verdicts as published and in the fair test differ, "" where they agree."""
+    pairs = {(verdict["published_status"], verdict["status"]) for verdict in verdicts}
+    if ("supported", "refuted") in pairs:
+        return OVERTURNED
+    return "yes" if any(published not in (None, fair) for published, fair in pairs) else ""
+
+
 def _at(verdict: Verdict) -> str:
     """Which of several parts the effect is of: the first one with the same numbers."""
     known = [cell for cell in verdict["cells"] if cell.get("effect") is not None]
-    fair = [cell for cell in known if cell.get("part") == known[0].get("part")]
+    judged = [cell for cell in known if cell.get("reason") != "shown"]
+    fair = [cell for cell in judged if str(cell.get("part")).startswith(("fair", "level"))]
+    fair = fair or [cell for cell in known if cell.get("part") == known[0].get("part")]
     same = (cell["name"] for cell in fair if cell["effect"] == verdict["effect"])
     return str(next(same, "")) if len(fair) > 1 else ""
 
@@ -445,7 +473,7 @@ def _unknown(verdict: Verdict) -> Claim:
     same = {"id": verdict["claim"], "title": verdict["claim"], "question": verdict["claim"]}
     more = {"reported": verdict["reported"], "origin": "beyond", "kind": "statistical"}
     rest = {"experiment": verdict["experiment"], "headline": False, "thresholds": {}}
-    rest |= {"when": "", "amended": False}
+    rest |= {"when": "", "amended": False, "second": False}
     if verdict["status"] in ("exact", "fails"):
         more["kind"] = "exact"
     return {**texts, **same, **more, **rest}
@@ -588,7 +616,7 @@ def _dispute(page: Content, verdicts: list[Verdict]) -> list[tuple[str, str]]:
         run = shlex.quote(verdict["run"])
         asked = "twice as large" if harder else "half as large"
         found[verdict["claim"]] = (
-            f"With {key} {asked} ({value:.4g} in place of {thresholds[key]:.4g}):",
+            f"{verdict['claim']}, {key} {asked} ({value:.4g} in place of {thresholds[key]:.4g}):",
             f"gammabeta study judge {run} --set {claim}",
         )
     return list(found.values())

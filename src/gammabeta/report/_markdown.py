@@ -27,7 +27,11 @@ def text(page: Content) -> str:
         told = [(v["text"]["question"] if v else "", words) for v, words in page.surprises]
         lines.append("\n".join(f"- {_plain(f'{asked} {words}')}" for asked, words in told))
     if page.verdicts:
-        lines += ["## All that was judged", *map(_plain, page.expected), _table(page.verdicts)]
+        lines += [
+            "## All that was judged",
+            *(_plain(" ".join(told)) for told in page.expected),
+            _table(page.verdicts),
+        ]
     for section in page.sections:
         lines += _section(section)
     for record in page.records:
@@ -50,7 +54,8 @@ def _table(verdicts: list[dict[str, Any]]) -> str:
             ends = f"{number(verdict['lo'], sign=True)} to {number(verdict['hi'], sign=True)}"
         columns = (
             f"{_plain(verdict['text']['question'])} (`{verdict['claim']}`)"
-            + " **rule amended after data**" * verdict["text"]["amended"],
+            + " **rule amended after data**" * verdict["text"]["amended"]
+            + " **second stage**" * verdict["second"],
             _both(verdict)[0],
             _both(verdict)[1],
             f"{number(verdict['effect'], sign=True)} {_plain(verdict['unit'])}".strip(),

@@ -31,6 +31,46 @@ CERTAINTY = {
     "D": "undecided",
 }
 
+# What else a reader meets in verdicts, tables and notes -> what it means.
+WORDS = {
+    "as published": "In the source's own setting, with its way of evaluation.",
+    "fair": "Each network at the learning rate that is best for it, all evaluated alike. Where the "
+    "two verdicts differ, what was found depended on the source's setting.",
+    "as worded, as rightly stated": "For identities: the sentence as the source has it, and what "
+    "holds of it exactly.",
+    "effect, points": "What the claim is about as one number, positive where it points as claimed. "
+    "Points are percentage points of test accuracy.",
+    "95 % interval": "Where the mean effect lies with a confidence of 95 %, from the spread "
+    "between seeds. A sign-flip p is the chance of a mean so far from zero if each seed's number "
+    "might as well have the other sign.",
+    "n, seeds, draws": "How often it was repeated, each time with other random numbers: initial "
+    "weights, and order of the images. Both networks of a comparison share them.",
+    "δ (delta)": "The smallest effect that matters, fixed in each claim's rule. An effect of 3 δ "
+    "is three times as large.",
+    "weakest": "Of several comparisons that all have to hold, the one that comes nearest to "
+    "failing. Its effect stands for the claim.",
+    "the cell nearest to its limit": "The same for claims about numbers: of all that was measured "
+    "(a layer, a batch size, ...: a cell), the one with the least room to the limit that its rule "
+    "sets, or the most beyond it.",
+    "positive control": "A case where the effect is known to be there. Where the experiment does "
+    "not see it, it says nothing about the claim either.",
+    "ln": "A natural logarithm: +0.69 is twice as much, −0.69 half as much.",
+    "per decrease of the loss": "Divided by how much the loss fell in the same steps, so that "
+    "networks that learn at different speeds can be compared.",
+    "Holm": "A correction for testing several claims at once: each headline claim has to be surer "
+    "than if it stood alone, so that there is a false “supported” among all of them in "
+    "5 % of cases at most.",
+    "budget": "How long was trained. “small”: thousands of steps at most, the usual one; "
+    "“full”: as many as the source, in what is published, and the fair part as at "
+    "“small”; “tiny” and “brief” decide nothing.",
+    "planned": "The precision that a few runs, made before and not counted, promised.",
+    "rule amended after data": "The rule was changed after the first of its rows had been made, so "
+    "whoever changed it may have seen the outcome. The mark stays for ever.",
+    "second stage": "The first seeds left the claim undecided and said how many would decide it. "
+    "Twice as many fresh ones were run, once, and judged alone; what the first had said stands in "
+    "the notes.",
+}
+
 # One shape per status, drawn in a box of 16 by 16, so that color is never the only cue.
 _RING = '<circle class="o" cx="8" cy="8" r="6.2"/>'
 _SHAPES = {

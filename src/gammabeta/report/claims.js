@@ -10,7 +10,7 @@ const claimList = (tools) => {
     sources: JSON.parse(node.dataset.source),
     effect: node.dataset.effect === undefined ? null : Number(node.dataset.effect),
   }));
-  const FIELDS = ["text", "status", "source", "topic", "differ", "order"];
+  const FIELDS = ["text", "status", "source", "topic", "differ", "mark", "order"];
   const field = (name) => filter.elements.namedItem(name);
 
   function sorted(order) {
@@ -24,12 +24,13 @@ const claimList = (tools) => {
   let shownOrder = "";
   function apply() {
     const words = field("text").value.toLowerCase().split(/\s+/).filter(Boolean);
-    const [status, source, topic, differ, order] = FIELDS.slice(1).map((name) => field(name).value);
+    const [status, source, topic, differ, mark, order] = FIELDS.slice(1).map((name) => field(name).value);
     let count = 0;
     for (const { node, text, status: own, sources } of items) {
       const fits = words.every((word) => text.includes(word)) && (!status || own.includes(status)) &&
         (!source || sources.includes(source)) && (!topic || node.dataset.topic === topic) &&
-        (!differ || node.dataset.differ === differ);
+        (!differ || node.dataset.differ === differ || (differ === "yes" && node.dataset.differ)) &&
+        (!mark || (node.dataset.marks ?? "").split(" ").includes(mark));
       node.hidden = !fits;
       count += fits;
     }

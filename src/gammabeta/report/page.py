@@ -123,6 +123,7 @@ def _render(content: _content.Content) -> str:
         "status_mark": _marks.status_mark,
         "few_open": _FEW_OPEN,
         "certainties": _marks.CERTAINTY,
+        "words": _marks.WORDS,
         "certainty_mark": _marks.certainty_mark,
     }
     tables = {section.id: _table(section) for section in content.sections if section.cells}
