@@ -1,7 +1,9 @@
 """Settings that all tests share."""
 
+import os
 import signal
 
+import kernels
 import pytest
 import torch
 
@@ -26,6 +28,15 @@ def pytest_collection_modifyitems(items):
     """Files stay together, those of LONG come first."""
     order = {f"test_{name}.py": place for place, name in enumerate(LONG)}
     items.sort(key=lambda item: order.get(item.path.name, len(LONG)))
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _kernels_compiled_once(tmp_path_factory):
+    base = tmp_path_factory.getbasetemp()
+    base = base.parent if "PYTEST_XDIST_WORKER" in os.environ else base
+    (base / "kernels").mkdir(exist_ok=True)
+    os.environ[kernels.FOLDER] = str(base / "kernels")
+    kernels.share()
 
 
 @pytest.fixture(autouse=True)

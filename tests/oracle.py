@@ -7,6 +7,7 @@ the shape of ``x`` without that axis (or one that broadcasts to it) and True mea
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
@@ -103,12 +104,33 @@ def _valid(x: Array, mask: Array | None) -> Array:
 def statistics(x: Array, mask: Array | None = None) -> Statistics:
     """n, mean and sum of squared deviations of each channel over its valid values."""
     x = np.asarray(x, np.float64)
+    n, mean, m2 = _statistics(_Held(x), None if mask is None else _Held(mask))
+    return Statistics(n, mean.copy(), m2.copy())
+
+
+class _Held:
+    """An array that is compared by its values, to look up what was made of it."""
+
+    def __init__(self, array: Array) -> None:
+        self.array = np.array(array)
+        self.key = (self.array.shape, self.array.dtype.str, self.array.tobytes())
+
+    def __hash__(self) -> int:
+        return hash(self.key)
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, _Held) and self.key == other.key
+
+
+@functools.lru_cache(maxsize=4)  # forward, backward and their judges ask for the same ones
+def _statistics(held: _Held, mask_held: _Held | None) -> Statistics:
+    x, mask = held.array, None if mask_held is None else mask_held.array
     valid = _valid(x, mask)
     columns = [np.moveaxis(x, 1, 0)[c][np.moveaxis(valid, 1, 0)[c]] for c in range(x.shape[1])]
     # math.fsum is exact, so these statistics owe nothing to an order of summation.
     count = float(columns[0].size) if columns else 0.0
-    mean = np.array([math.fsum(v) / v.size if v.size else 0.0 for v in columns])
-    m2 = np.array([math.fsum((v - m) ** 2) for v, m in zip(columns, mean, strict=True)])
+    mean = np.array([math.fsum(v.tolist()) / v.size if v.size else 0.0 for v in columns])
+    m2 = np.array([math.fsum(((v - m) ** 2).tolist()) for v, m in zip(columns, mean, strict=True)])
     return Statistics(count, mean, m2)
 
 

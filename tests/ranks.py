@@ -4,6 +4,7 @@ import multiprocessing
 import os
 import time
 
+import kernels
 import torch
 import torch.distributed as dist
 from torch.multiprocessing import start_processes
@@ -41,4 +42,5 @@ def end(group, seconds=200):
 def meet(rank, size, folder):
     """Make the group; called by each rank."""
     torch.set_num_threads(1)
+    kernels.share()
     dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=size)

@@ -16,6 +16,7 @@ import sys
 from typing import Any
 
 import cases
+import kernels
 import pytest
 import torch
 from torch import Tensor
@@ -193,6 +194,7 @@ def _calls_of(dtype: torch.dtype) -> Any:
 
 def _walk(dtype: torch.dtype) -> None:
     torch.set_num_threads(2)
+    kernels.share()
     ran, reached = 0, set()
     for name, call, act in _calls_of(dtype):
         stats = ops.Held(*_buffers(call.x.shape[1]))
