@@ -6,6 +6,7 @@ import runpy
 import subprocess
 import sys
 from pathlib import Path
+from unittest import mock
 
 import pytest
 
@@ -15,7 +16,7 @@ EXAMPLES = Path(__file__).resolve().parents[1] / "examples"
 
 
 def run(name, *words, folder):
-    # offline, and on the bundled digits
+    """In a process of its own; offline, and on the bundled digits."""
     env = {key: value for key, value in os.environ.items() if key != "GAMMABETA_DATA"}
     done = subprocess.run(
         [sys.executable, "-W", "error", str(EXAMPLES / name), *map(str, words)],
@@ -30,12 +31,30 @@ def run(name, *words, folder):
     return done.stdout
 
 
+def script(name, capsys, *words):
+    """What a script prints; in this process, which has torch imported already."""
+    path = EXAMPLES / name
+    with mock.patch.object(sys, "argv", [str(path), *words]):
+        runpy.run_path(str(path), run_name="__main__")
+    shown = capsys.readouterr()
+    assert shown.err == ""
+    return shown.out
+
+
+def lecture(name, capsys):
+    return script(f"lecture/{name}", capsys)
+
+
 @pytest.mark.parametrize(
     ("fault", "code", "lost"),
     [("twice", "BN001", 3), ("stale", "BN005", 3), ("frozen", "BN002", 15)],
 )
-def test_the_check_names_the_fault_and_the_cure_restores_the_accuracy(fault, code, lost, tmp_path):
-    planted, cured = run("repair.py", fault, folder=tmp_path).split("\ncured: ")
+def test_the_check_names_the_fault_and_the_cure_restores_the_accuracy(
+    fault, code, lost, tmp_path, monkeypatch, capsys
+):
+    monkeypatch.delenv("GAMMABETA_DATA", raising=False)
+    monkeypatch.chdir(tmp_path)
+    planted, cured = script("repair.py", capsys, fault).split("\ncured: ")
     before, after = (float(re.search(r"accuracy ([\d.]+)%", t)[1]) for t in (planted, cured))
     assert planted.startswith("as planted: ")
     assert code in re.findall(r"BN\d{3}", planted)
@@ -58,12 +77,6 @@ def test_a_training_is_watched_and_its_gap_cured(tmp_path):
     record = gb.read_record(tmp_path / "seen.jsonl")
     assert record.steps[0] == 0
     assert record.errors == []
-
-
-def lecture(name, capsys):
-    """What a script prints; in this process, which has torch imported already."""
-    runpy.run_path(str(EXAMPLES / "lecture" / name), run_name="__main__")
-    return capsys.readouterr().out
 
 
 def test_the_equations_by_hand_are_those_of_autograd_and_of_the_package(capsys):
