@@ -9,7 +9,7 @@ import shlex
 import shutil
 import subprocess
 import sys
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from unittest import mock
 
@@ -255,6 +255,7 @@ def headline() -> list[str]:
     return lines
 
 
+@cache  # three tables are made, from the same rows
 def published() -> list[str]:
     """How many numbers of the MNIST study come again, and at which learning rates."""
     shown = _published_figures.of_runs([ROOT / "results"])

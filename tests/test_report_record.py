@@ -4,11 +4,10 @@ import importlib
 import json
 import math
 import re
-import subprocess
-import sys
 
 import pytest
 
+from gammabeta import cli
 from gammabeta._runs import RunError, read_record
 from gammabeta._runs._record import RecordFile, encoded, header
 from gammabeta.report import _records, page
@@ -201,25 +200,36 @@ def test_hostile_texts_of_a_record_are_data(tmp_path):
     assert html.count("<script") == html.count("</script>") == 4
 
 
-def test_the_command_takes_records_and_says_what_is_wrong_with_one(path, tmp_path):
-    def report(*words):
-        command = [sys.executable, "-m", "gammabeta", "report", *map(str, words)]
-        return subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
+@pytest.fixture
+def report(capsys):
+    """The command, in this process."""
 
-    done = report(path, "-o", "page.html")
-    assert (done.returncode, done.stdout) == (0, "page.html\n"), done.stderr
+    def call(*words):
+        with pytest.raises(SystemExit) as ended:
+            cli.main(["report", *map(str, words)])
+        return ended.value.code, *capsys.readouterr()
+
+    return call
+
+
+def test_the_command_takes_records_and_says_what_is_wrong_with_one(
+    report, path, tmp_path, monkeypatch
+):
+    monkeypatch.chdir(tmp_path)
+    code, shown, said = report(path, "-o", "page.html")
+    assert (code, shown) == (0, "page.html\n"), said
     bad = tmp_path / "bad.jsonl"
     bad.write_text(path.read_text().replace('"step": 50', '"step": -50', 1))
-    done = report(bad, "-o", "bad.html")
-    assert done.returncode == 2
-    assert "bad.jsonl: line 3: step: expected 0, 1, ..., got -50." in done.stderr
+    code, _, said = report(bad, "-o", "bad.html")
+    assert code == 2
+    assert "bad.jsonl: line 3: step: expected 0, 1, ..., got -50." in said
     assert not (tmp_path / "bad.html").exists()
     with pytest.raises(RunError):
         page.write([bad], tmp_path / "bad.html")
 
 
 @pytest.mark.parametrize("way", ["same", "dotted", "link", "hard link", "in a run folder"])
-def test_a_page_never_takes_the_place_of_what_it_shows(way, path, tmp_path):
+def test_a_page_never_takes_the_place_of_what_it_shows(way, report, path, tmp_path):
     record = tmp_path / "r.jsonl"
     record.write_bytes(path.read_bytes())
     given, out, kept = record, record, record
@@ -237,10 +247,9 @@ def test_a_page_never_takes_the_place_of_what_it_shows(way, path, tmp_path):
         write_run(given)
         out = kept = given / "claims.json"
     before = kept.read_bytes()
-    command = [sys.executable, "-m", "gammabeta", "report", str(given), "-o", str(out)]
-    done = subprocess.run(command, capture_output=True, text=True)
-    assert (done.returncode, done.stdout) == (2, "")
-    assert "must not take the place" in done.stderr
+    code, shown, said = report(given, "-o", out)
+    assert (code, shown) == (2, "")
+    assert "must not take the place" in said
     assert kept.read_bytes() == before
 
 
