@@ -142,6 +142,22 @@ def test_rows_of_a_second_stage_alone_decide_nothing(first, tmp_path):
     assert judge([again(tmp_path, 16)]).verdicts == []
 
 
+def test_what_is_published_is_that_of_the_first_stage_alone():
+    def with_published(status):
+        part = {"name": "a", "part": "published, x", "status": status}
+        return dataclasses.replace(
+            verdict("ortho-isometry", status="inconclusive", published_status=status),
+            cells=[{"name": "a", "part": "fair", "status": "inconclusive"}, part],
+            notes=["The pilot asked for 9 seeds.", f"As published, x: {status}."],
+        )
+
+    both = with_published("supported"), with_published("inconclusive")
+    own = _second._joined(*both, _second.Asked("ortho-isometry", "initialization", 40))
+    assert own.published_status == "supported"
+    assert [c["status"] for c in own.cells] == ["inconclusive", "supported"]
+    assert own.notes[1:] == ["As published, x: supported."]
+
+
 def test_a_decided_claim_takes_no_second_sample(tmp_path):
     experiment = experiments()["initialization"]
     write(tmp_path / "sure", [cell(experiment, ARM, s, 0.95 + 0.01 * (s % 2), "small") for s in

@@ -35,6 +35,7 @@ FIRST_SEED = 200
 ASKED, LEAST, MOST = 128, 16, 256
 _OF = "small"  # the budget that the first stage had
 _CHOSE = 800  # seeds from here on chose rates and numbers of seeds
+_AS_PUBLISHED = "As published"  # how notes on it begin
 _BY_HEADLINE = ("keep-consistent",)  # the opposite of noisy-bn
 
 
@@ -172,6 +173,10 @@ def judged(
     ]
 
 
+def _published(part: object) -> bool:
+    return str(part).startswith("published")
+
+
 def _joined(first: Verdict, second: Verdict, sample: Asked) -> Verdict:
     """The verdict of the second sample; what the first one said becomes a note."""
     lo, hi = first.ci or (float("nan"), float("nan"))
@@ -180,16 +185,19 @@ def _joined(first: Verdict, second: Verdict, sample: Asked) -> Verdict:
         f"undecided ({first.effect:.3g}, 95 % interval {lo:.3g} to {hi:.3g}) and said that about "
         f"{first.n_needed} would decide."
     ).replace("-", "−")
-    skip = "The pilot asked for"
     return dataclasses.replace(
         second,
+        # the source's own setting was run in the first stage alone
         published_status=first.published_status,
-        cells=[*second.cells, *(c for c in first.cells if str(c["part"]).startswith("published"))],
+        cells=[
+            *(c for c in second.cells if not _published(c["part"])),
+            *(c for c in first.cells if _published(c["part"])),
+        ],
         planned_half_width=None,
         notes=[
             told,
-            *(n for n in second.notes if not n.startswith(skip)),
-            *(n for n in first.notes if n.startswith("As published")),
+            *(n for n in second.notes if not n.startswith(("The pilot asked for", _AS_PUBLISHED))),
+            *(n for n in first.notes if n.startswith(_AS_PUBLISHED)),
         ],
         stage=2,
     )
