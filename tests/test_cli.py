@@ -22,6 +22,7 @@ from collections import Counter
 from pathlib import Path
 from types import SimpleNamespace
 
+import joblib
 import pytest
 from rich.color import Color
 
@@ -278,7 +279,9 @@ class Typed:
         return self.process.wait(30)
 
 
-def test_control_c_on_a_terminal_leaves_a_command_that_finishes_the_run(shared, tmp_path):
+def test_control_c_on_a_terminal_leaves_a_command_that_finishes_the_run(
+    here, shared, tmp_path, monkeypatch
+):
     words = ("study", "run", *TINY, "--out", "a run")
     typed = Typed(words, tmp_path, tmp_path / "stdout")
     typed.read(until=r"[1-9]\d*/\d+.*about \d+ s left")
@@ -294,7 +297,8 @@ def test_control_c_on_a_terminal_leaves_a_command_that_finishes_the_run(shared, 
     for cell in list(_runs.read_cells([shared.out]))[:-3]:  # to save time: all but three
         with contextlib.suppress(FileExistsError):
             shutil.copytree(cell.path, out / cell.path.relative_to(shared.out))
-    resumed = gammabeta(*command[len(COMMAND) :], cwd=tmp_path)
+    monkeypatch.setattr(joblib, "cpu_count", lambda: 1)  # to save time: in this process
+    resumed = here(*command[len(COMMAND) :], cwd=tmp_path)
     assert resumed.returncode == 0, resumed.stderr
     assert "No verdicts" not in resumed.stdout
     names = {cell.path.name for cell in _runs.read_cells([out])}
@@ -463,6 +467,22 @@ def test_explain_says_why_a_control_holds_and_what_is_only_shown(capsys):
     assert folded.count("by the sign-flip test, p = ") == 1
     (shown,) = (line for line in lines if line.startswith("    noise − none"))
     assert shown.rstrip().endswith("16  shown only")
+
+
+@pytest.mark.parametrize("stage", [1, 2])
+def test_a_second_stage_is_told_with_its_verdict(capsys, stage):
+    claim = _claims.claims()["noisy-bn"]
+    rest = {"experiment": "covariate-shift", "reported": "", "delta": 0.3, "half_width": None}
+    found = verdict(claim.id, planned_half_width=None, ci=(-1.0, 1.0))
+    one = Verdict(**found | rest | {"cells": [], "place": "", "stage": stage})
+    _terminal.explain(Card(claim, "", None, one, [], None, None, []))
+    _terminal.card(claim, one.to_json())
+    explained, shown = capsys.readouterr().out.split("Claim   ")
+    assert ["fresh seeds, judged alone" in part for part in (explained, shown)] == [stage == 2] * 2
+    _terminal.verdicts([one.to_json()], [], {claim.id: claim})
+    out = capsys.readouterr().out
+    assert (f"{one.n}†" in out) == (stage == 2)
+    assert ("† second stage: fresh seeds" in out) == (stage == 2)
 
 
 def test_of_a_protocol_what_is_about_other_claims_is_left_out():
