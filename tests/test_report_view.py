@@ -4,6 +4,7 @@ import re
 
 import pytest
 
+from gammabeta import _runs
 from gammabeta.report import page
 from tests.test_report import (
     chromium,
@@ -12,6 +13,7 @@ from tests.test_report import (
     figure,
     opened,
     registry,
+    spec,
     verdict,
     verdicts,
     write_derived,
@@ -305,3 +307,53 @@ def test_texts_without_a_claim_do_not_reach_the_filters(chromium, tmp_path):
         assert listed(tab) in (["bad"], ["good"])
         assert tab.locator("[onclick]").count() == 0
         assert tab.locator(".claims b").count() == 0
+
+
+def test_the_numbers_behind_an_interval_are_there_seed_by_seed(chromium, tmp_path):
+    run = tmp_path / "run"
+    write_registry(run, [claim("act-all", headline=True)])
+    numbers = {"near": [1.0, 2.0, 4.5], "far": [10.0, 20.0, 30.0], "other": [7.0, 8.0, 9.0]}
+    for seed in (2, 0, 1, 900):  # the last one was drawn to choose a number of seeds
+        rows = [
+            {"kind": "value", "cell": name, "value": values[seed % 3]}
+            for name, values in numbers.items()
+        ]
+        _runs.write_cell(run, spec({"part": "all"}, seed), rows, "")
+    parts = [
+        {"name": name, "part": "fair", "status": "supported", "effect": effect, "n": 3}
+        for name, effect in (("far", 20.0), ("near", 2.5), ("other", 8.1))
+    ]
+    write_derived(run, [verdict("act-all", cells=parts, n=3)], [])
+    made = page.write([run], tmp_path / "r.html")
+    with opened(chromium, made) as tab:
+        host = tab.locator("#verdict-act-all details.table")
+        host.locator("summary").click()
+        host.locator("table.data").wait_for()
+        told = [
+            tuple(row.locator("td").all_inner_texts()) for row in host.locator("tbody tr").all()
+        ]
+        with tab.expect_download() as download:
+            host.get_by_role("button", name="Download CSV").click()
+        assert download.value.suggested_filename == "act-all-seeds.csv"
+    # "other" has another mean than its rows give: they are not what its effect is made of
+    far, near = ([f"{value:g}" for value in numbers[name]] for name in ("far", "near"))
+    assert told == [
+        *(("far", f"{seed}", value) for seed, value in enumerate(far)),
+        *(("near", f"{seed}", value) for seed, value in enumerate(near)),
+    ]
+
+
+def test_claims_are_filtered_by_what_they_are_marked_with(chromium, tmp_path):
+    run = tmp_path / "run"
+    write_registry(run, registry()[:3])
+    late = verdict("act-late", published_status="refuted", stage=2)
+    write_derived(run, [verdict("act-all"), late], [])
+    made = page.write([run], tmp_path / "r.html")
+    with opened(chromium, made) as tab:
+        tab.get_by_role("link", name="1", exact=True).click()
+        until(tab, "location.hash.includes('mark=second')")
+        assert listed(tab) == ["act-late"]
+        tab.get_by_label("Marked").select_option("")
+        for choice in ("yes", "overturned"):
+            tab.get_by_label("Both verdicts").select_option(choice)
+            assert listed(tab) == ["act-all"]

@@ -38,6 +38,7 @@ _DECIDING = ("fair", "level", "control", "as rightly stated", "as worded")
 _MOST_SURPRISES = 3
 OVERTURNED = "overturned"  # supported as published, refuted in the fair test
 FIRST_SCREEN = 12  # rows: what a reader takes in at one glance
+CHOSE = 800  # seeds from here on chose rates and numbers of seeds, and are no part of a verdict
 # Kinds of runs that `study run` takes by another option than --budget.
 VARIANTS = ("fresh-seeds", "width-half", "width-double", "images-small")
 PLACES = {"mnist": "MNIST", "digits": "the bundled digits"}
@@ -535,6 +536,8 @@ def _sections(
         broken = [item for item in failed if item["spec"]["experiment"] == name]
         specs = [cell.spec for cell in by_cell.get(name, [])] + [item["spec"] for item in broken]
         texts = claims or [verdict["text"] for verdict in verdicts]
+        for verdict in verdicts:
+            verdict["by_seed"] = _by_seed(verdict, by_cell.get(name, []))
         sections.append(
             Section(
                 id=name,
@@ -552,6 +555,29 @@ def _sections(
             )
         )
     return sections
+
+
+def _by_seed(verdict: Verdict, cells: Sequence[StoredCell]) -> list[str]:
+    """The parts of a verdict whose numbers stand in the rows, one a seed.
+
+    Rows of kind "value" hold them, by "cell"; they count where they give the part's n and effect.
+    """
+    found: dict[str, dict[int, float]] = {}
+    for cell in cells:
+        spec = cell.spec
+        if spec["budget"] == verdict["budget"] and spec["seed"] < CHOSE:
+            for row in cell.rows:
+                value, name = row.get("value"), row.get("cell")
+                if row.get("kind") == "value" and is_number(value) and isinstance(name, str):
+                    found.setdefault(name, {})[spec["seed"]] = float(str(value))
+    names = []
+    for part in verdict["cells"]:
+        own, effect = list(found.get(str(part["name"]), {}).values()), part.get("effect")
+        if len(own) > 1 and len(own) == part.get("n") and is_number(effect):
+            near = 1e-6 * max(map(abs, own))
+            if abs(sum(own) / len(own) - float(str(effect))) <= near:
+                names.append(part["name"])
+    return list(dict.fromkeys(names))
 
 
 def _failure(item: Mapping[str, Any]) -> dict[str, Any]:
@@ -625,8 +651,11 @@ def _dispute(page: Content, verdicts: list[Verdict]) -> list[tuple[str, str]]:
 def columns(cells: Sequence[StoredCell]) -> dict[str, Any]:
     """The rows of an experiment's cells as columns: names, one list of values per name.
 
-    A column that a row does not have holds None there.
+    A column that a row does not have holds None there. "cell" is the name of the cell that made a
+    row, where rows have no column "cell" of their own: arm, seed, budget and data name it too.
     """
-    rows = [{**row, "cell": cell.path.name} for cell in cells for row in cell.flat()]
+    flat = [(cell.path.name, row) for cell in cells for row in cell.flat()]
+    own = any("cell" in row for _, row in flat)
+    rows = [row if own else {**row, "cell": name} for name, row in flat]
     names = list(dict.fromkeys(name for row in rows for name in row))
     return {"names": names, "rows": len(rows), "values": [[r.get(n) for r in rows] for n in names]}

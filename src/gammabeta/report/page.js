@@ -82,6 +82,21 @@
     return new Response(stream).json();
   }
 
+  // Of all rows the numbers behind a verdict: one for each of its parts and each seed.
+  function bySeed(host, data) {
+    const { cells, budget, before } = host.dataset;
+    const wanted = JSON.parse(cells);
+    const column = Object.fromEntries(data.names.map((text, at) => [text, data.values[at]]));
+    const rows = Array.from({ length: data.rows }, (_, row) => row).filter((row) =>
+      column.kind[row] === "value" && column.budget[row] === budget &&
+      column.seed[row] < Number(before) && wanted.includes(column.cell[row]));
+    rows.sort((a, b) => wanted.indexOf(column.cell[a]) - wanted.indexOf(column.cell[b]) ||
+      column.seed[a] - column.seed[b]);
+    const names = ["cell", "seed", "value"];
+    const values = names.map((text) => rows.map((row) => column[text][row]));
+    return { names: ["part", "seed", "value"], rows: rows.length, values };
+  }
+
   for (const host of all("details.table")) {
     host.addEventListener("toggle", async () => {
       if (!host.open || host.dataset.filled) return;
@@ -93,7 +108,8 @@
           const own_ = figure.id.startsWith(figure.experiment);
           showTable(host, own_ ? figure.id : `${figure.experiment}-${figure.id}`, columns);
         } else if (document.getElementById(host.dataset.rows)) {
-          showTable(host, host.dataset.name, await unpack(host.dataset.rows));
+          const rows = await unpack(host.dataset.rows);
+          showTable(host, host.dataset.name, host.dataset.cells ? bySeed(host, rows) : rows);
         }
       } catch (error) {
         host.append(make("p", { class: "empty" }, error.message));
@@ -228,7 +244,7 @@
     root.dataset.printing = "yes";
     theme = root.dataset.theme ?? null;
     root.dataset.theme = "light"; // paper is
-    closedAgain = all(".fold, .card details, details.block:not(.table)").filter((node) => !node.open);
+    closedAgain = all(".fold, .card details:not(.table), details.block:not(.table)").filter((node) => !node.open);
     closedAgain.forEach((node) => { node.open = true; });
     figures.forEach(draw);
   });

@@ -122,6 +122,7 @@ def _render(content: _content.Content) -> str:
         "number": _marks.number,
         "status_mark": _marks.status_mark,
         "few_open": _FEW_OPEN,
+        "chose": _content.CHOSE,
         "certainties": _marks.CERTAINTY,
         "words": _marks.WORDS,
         "certainty_mark": _marks.certainty_mark,
