@@ -182,6 +182,14 @@ def test_the_plan_has_fresh_seeds_and_only_the_arms_that_decide(first):
     assert type(pickle.loads(pickle.dumps(plan))) is Experiment  # a worker needs no plan
 
 
+def test_there_is_no_third_stage(first, tmp_path):
+    (sample,), _ = _second.samples([first], None)
+    done = again(tmp_path, sample.seeds, 0.6, 0.4)  # undecided again
+    none, against = _second.samples([first, done], None)
+    assert none == []
+    assert "There is no third" in against["ortho-isometry"]
+
+
 def test_its_cells_are_those_of_small_under_a_name_of_their_own(first):
     experiment = experiments()["initialization"]
     assert experiment.code_of(SECOND) == experiment.code_of("small")

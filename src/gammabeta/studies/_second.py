@@ -28,7 +28,7 @@ from typing import Any, NamedTuple
 from gammabeta import _runs
 from gammabeta._runs import Row, StoredCell
 from gammabeta.studies._claims import claims
-from gammabeta.studies._experiments import Cell, Experiment, experiments
+from gammabeta.studies._experiments import SECOND, Cell, Experiment, experiments
 from gammabeta.studies._verdict import Verdict
 
 FIRST_SEED = 200
@@ -208,15 +208,23 @@ def _joined(first: Verdict, second: Verdict, sample: Asked) -> Verdict:
 
 def samples(paths: Sequence[Path], ids: Sequence[str] | None) -> tuple[list[Asked], dict[str, str]]:
     """What these rows ask for, of some experiments or all; and why other claims get none."""
-    first = {e: c for e, c in _first(paths).items() if ids is None or e in ids}
+    first, second = (_present(paths, budget) for budget in (_OF, SECOND))
     known = experiments()
-    verdicts = [
-        verdict
-        for name, cells in first.items()
-        for verdict in known[name].judge([row for cell in cells for row in cell.flat()])
-    ]
-    found = [sample for verdict in verdicts if (sample := asked(verdict))]
-    return found, {v.claim: reason_against(v) for v in verdicts}
+    found: list[Asked] = []
+    against: dict[str, str] = {}
+    for name, cells in first.items():
+        if ids is not None and name not in ids:
+            continue
+        own = known[name].judge([row for cell in cells for row in cell.flat()])
+        against |= {verdict.claim: reason_against(verdict) for verdict in own}
+        for verdict in judged(known[name], cells, second.get(name, []), own):
+            if verdict.stage > 1:
+                against[verdict.claim] = (
+                    f"{verdict.claim} has had its second stage: {verdict.status}, by {verdict.n} "
+                    "fresh seeds. There is no third."
+                )
+        found += [s for verdict in own if not against[verdict.claim] and (s := asked(verdict))]
+    return found, against
 
 
 def catalogue(paths: Sequence[Path], wanted: Sequence[Asked]) -> dict[str, Experiment]:
@@ -224,18 +232,18 @@ def catalogue(paths: Sequence[Path], wanted: Sequence[Asked]) -> dict[str, Exper
     by_experiment: dict[str, list[Asked]] = {}
     for sample in wanted:
         by_experiment.setdefault(sample.experiment, []).append(sample)
-    first, known = _first(paths), experiments()
+    first, known = _present(paths, _OF), experiments()
     return {name: planned(known[name], first[name], own) for name, own in by_experiment.items()}
 
 
-def _first(paths: Sequence[Path]) -> dict[str, list[StoredCell]]:
-    """The cells of the first stage by experiment, of the present code."""
+def _present(paths: Sequence[Path], budget: str) -> dict[str, list[StoredCell]]:
+    """The cells of a budget on MNIST by experiment, of the present code."""
     found: dict[str, list[StoredCell]] = {}
     known = experiments()
     for cell in _runs.read_cells(paths):
         spec = cell.spec
         own = known.get(spec["experiment"])
-        of_first = (spec["budget"], spec["data"]["name"]) == (_OF, "mnist")
-        if own is not None and of_first and spec["code"] == own.code_of(_OF):
+        of_it = (spec["budget"], spec["data"]["name"]) == (budget, "mnist")
+        if own is not None and of_it and spec["code"] == own.code_of(budget):
             found.setdefault(own.id, []).append(cell)
     return found
