@@ -227,7 +227,6 @@ def test_an_id_that_cannot_be_run_is_explained(ids: list[str], message: str) -> 
         ({"all": ()}, "experiment 'all'"),
         ({"activations": ("act-al",)}, "CLAIMS: unknown.*'act-al'.*Did you mean act-all"),
         ({"other": ("act-all",)}, "'act-all'.*'other'.*gives it the experiment 'activations'"),
-        ({"other": ("adversarial",)}, "'adversarial'.*gives it the experiment None"),
     ],
 )
 def test_experiments_that_contradict_the_registry_are_refused(
@@ -235,6 +234,16 @@ def test_experiments_that_contradict_the_registry_are_refused(
 ) -> None:
     with pytest.raises(ValueError, match=message):
         resolve(["headline"], experiments)
+
+
+def test_of_a_claim_without_experiment_neither_cells_nor_thresholds_are_had(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(_claims, "_file", lambda: parse(toml(GOOD)))
+    with pytest.raises(ValueError, match=r"'a-claim'.*gives it the experiment None"):
+        resolve(["headline"], {"other": ("a-claim",)})
+    with pytest.raises(ValueError, match="'a-claim' has no threshold 'delta'; it has none yet"):
+        rules(["a-claim.delta=1"])
 
 
 @pytest.mark.parametrize("given", ["a-CLAIM", "a-claim", " A-Claim "])
@@ -280,7 +289,6 @@ def test_the_registry_is_back_after_an_error() -> None:
         ("act-all.delta=nan", "finite number"),
         ("act-al.delta=1", "'act-al'.*Did you mean act-all"),
         ("act-all.alpha=1", "'act-all' has no threshold 'alpha'; it has delta"),
-        ("adversarial.delta=1", "'adversarial' has no threshold 'delta'; it has none yet"),
         ("batch-u.alpha=1", "'batch-U' has no threshold 'alpha'; it has delta"),
     ],
 )
@@ -299,7 +307,9 @@ def test_the_listing_has_exactly_its_keys() -> None:
         assert list(row) == ["id", "title", "origin", "source", "experiment", "kind"]
     by_id = {row["id"]: row for row in rows}
     assert by_id["act-all"]["experiment"] == "activations"
-    assert by_id["adversarial"]["experiment"] is None
+    assert {i: row["experiment"] for i, row in by_id.items()} == {
+        i: claim.experiment for i, claim in claims().items()
+    }
     assert json.loads(json.dumps(rows)) == rows
 
 

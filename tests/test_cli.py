@@ -640,7 +640,7 @@ def test_list_json_has_all_claims_and_exactly_these_fields(here):
     assert {claim["kind"] for claim in found} == {"statistical", "exact"}
     experiments = {claim["id"]: claim["experiment"] for claim in found}
     assert experiments["act-all"] == "activations"
-    assert experiments["adversarial"] is None
+    assert experiments == {i: claim.experiment for i, claim in _claims.claims().items()}
 
 
 def test_list_finds_claims_by_words(here):
@@ -733,7 +733,6 @@ def test_wrong_input_gives_exit_code_2_and_says_what_to_do(here, odd, words, say
     [
         ("act-al", ["'act-al'", "Did you mean act-all?", "`gammabeta study list`"]),
         ("ics", ["Did you mean ics-def, ics-gradient or ics-reduced?"]),
-        ("adversarial", ["no experiment yet", "activations"]),
         ("--out newer", ["at most 1, got 99", "gammabeta 9.9 or newer"]),
         ("--out file", ["file", "must be a folder"]),
         ("--out file/below", ["file/below", "output"]),
