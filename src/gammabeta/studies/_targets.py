@@ -86,7 +86,7 @@ def needed(target: Target, values: Sequence[float], cells: int) -> int | None:
     None where none below 1,000 would, or where draws are counted.
 
     >>> needed(Target("", 0.8, 1.2, 0.2), [0.6, 0.7, 0.9, 0.6], 1)
-    7
+    11
     """
     if target.every or len(values) < 2:
         return None
