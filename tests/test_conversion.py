@@ -556,6 +556,7 @@ def test_a_chain_whose_function_fusion_would_change_is_not_fused(run, reason):
     ours = gb.convert(model, fuse=True)
     assert actions(ours) == {"norm": "converted"}
     assert reason in notes(ours)["norm"]
+    assert "in its place" not in notes(ours)["norm"]  # no activation would do the same
     x = torch.randn(6, 3)
     for training in (True, False):
         a, b = model.train(training)(x), ours.train(training)(x)
@@ -866,3 +867,28 @@ def test_pytorchs_own_layers_count_checkpointed_batches_twice(pytorchs):
 def test_what_is_no_module_is_answered_by_what_to_do(function, given, said):
     with pytest.raises(TypeError, match=rf"model must be a torch\.nn\.Module, {said}"):
         function(given)
+
+
+def test_a_note_says_what_to_write_where_no_module_follows():
+    class Block(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first, self.last = nn.BatchNorm2d(4), nn.BatchNorm2d(4)
+
+        def forward(self, x):
+            return torch.relu(self.last(torch.relu(self.first(x))) + x)
+
+    notes = {row.name: row.note for row in gb.report_of(gb.convert(Block(), fuse=True))}
+    assert "gb.BatchNormAct2d(..., act='relu') in its place does it" in notes["first"]
+    assert "with gb.BatchNormAct2d in its place, self.last(y, residual)" in notes["last"]
+
+    class Cured(Block):  # as the notes say
+        def __init__(self):
+            super().__init__()
+            self.first, self.last = gb.BatchNormAct2d(4), gb.BatchNormAct2d(4)
+
+        def forward(self, x):
+            return self.last(self.first(x), x)
+
+    x = torch.randn(3, 4, 5, 5)
+    torch.testing.assert_close(Cured()(x), Block()(x))

@@ -251,8 +251,11 @@ def more(
             if reason := against.get(name, f"{name} has no rows on MNIST at small there."):
                 complain(reason)
         samples = [sample for sample in samples if sample.claim in asked]
+        if not samples and claims:
+            raise Unusable("None of these claims gets a second stage: there is nothing to run.")
         if not samples:
-            raise Unusable("No claim gets a second stage: there is nothing to run.")
+            print("No claim of these rows gets a second stage: there is nothing to run.")
+            return FINE
         catalogue = _second.catalogue(paths, samples)
         chosen = list(catalogue)
         settings: dict[str, Any] = {

@@ -41,6 +41,7 @@ class Neighbor(NamedTuple):
     name: str | None
     reason: str = ""
     proved: bool = False  # by the structure of the model, not only by what traces show
+    cure: str = ""  # what to write instead; {fused} and {layer} are filled in
 
 
 class Traces(NamedTuple):
@@ -265,9 +266,12 @@ def _in_graphs(name: str, graphs: list[fx.Graph]) -> Neighbor:
             return Neighbor(None, "its output is an output of the model")
         if user.op != "call_module":
             what = getattr(user.target, "__name__", user.target)
-            return Neighbor(None, f"its output goes to {what}(), which is no module")
+            reason = f"its output goes to {what}(), which is no module"
+            always = all(_users(name, other) == {user.target} for other in graphs)
+            return Neighbor(None, reason, cure=_cure(str(what)) if always else "")
         if sum(n.op == "call_module" and n.target == user.target for n in graph.nodes) > 1:
-            return Neighbor(None, f"{user.target!r}, which follows it, is called several times")
+            reason = f"{user.target!r}, which follows it, is called several times"
+            return Neighbor(None, reason, cure="give each layer an activation module of its own")
         if user.args != (call,) or user.kwargs:
             return Neighbor(None, f"{user.target!r}, which follows it, takes more than its output")
         found.add(str(user.target))
@@ -276,6 +280,23 @@ def _in_graphs(name: str, graphs: list[fx.Graph]) -> Neighbor:
     if len(found) == 1:
         return Neighbor(found.pop())
     return Neighbor(None, "what follows it varies" if found else "no call of it was seen")
+
+
+def _users(name: str, graph: fx.Graph) -> set[object]:
+    """What the output of a module goes to."""
+    calls = [n for n in graph.nodes if n.op == "call_module" and n.target == name]
+    return {user.target for call in calls for user in call.users}
+
+
+def _cure(function: str) -> str:
+    """What fuses a layer whose output goes to a function, "" where nothing does."""
+    plain = function.strip("_")
+    if plain in ("add", "iadd"):
+        call = "{layer}(y, residual)"
+        return f"with gb.{{fused}} in its place, {call} in forward adds and activates"
+    if plain in ("relu", "sigmoid", "tanh", "softplus", "silu", "gelu"):
+        return f"gb.{{fused}}(..., act={plain!r}) in its place does it without {function}()"
+    return ""
 
 
 def _in_sequentials(model: nn.Module) -> dict[str, Neighbor]:

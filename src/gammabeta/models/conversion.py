@@ -351,10 +351,13 @@ def _fuse_all(model: nn.Module, rows: dict[str, Change]) -> None:
     able = [name for name, row in rows.items() if row.action != "skipped"]
     able = [name for name in able if _type(model.get_submodule(name)) not in _PLAIN]
     moved: dict[str, tuple[Change, str]] = {}
-    for name, (follower, reason, proved) in _fusion.neighbors(model, able, traces).items():
+    for name, (follower, reason, proved, cure) in _fusion.neighbors(model, able, traces).items():
         layer = model.get_submodule(name)
         if follower is not None:
             reason = _why_not_fused(model, name, follower)
+        elif cure and _type(layer) in _FUSED:
+            own = f"self.{name.rpartition('.')[2]}"
+            reason += "; " + cure.format(fused=_FUSED[_type(layer)].__name__, layer=own)
         if follower is None or reason:
             rows[name] = _noted(rows[name], f"not fused: {reason}")
             continue
@@ -375,7 +378,7 @@ def _unfuse_all(model: nn.Module, rows: dict[str, Change]) -> None:
         return
     traces = _fusion.trace(model)
     moved: dict[str, str] = {}
-    for name, (follower, reason, _) in _fusion.neighbors(model, fused, traces).items():
+    for name, (follower, reason, *_) in _fusion.neighbors(model, fused, traces).items():
         layer = model.get_submodule(name)
         act = layer.__dict__["act"]
         if follower is not None:
