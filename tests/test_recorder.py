@@ -643,3 +643,18 @@ def test_of_several_processes_rank_0_writes_and_the_record_says_what_that_means(
     assert kind == "own" or skipped == other == 12 - len(record.steps)
     header = json.loads((tmp_path / "r.jsonl").read_text().splitlines()[0])
     assert header["model"] == "Sequential"
+
+
+def test_a_recorder_says_what_it_has_done(tmp_path):
+    net, path = mlp(), tmp_path / "record.jsonl"
+    rec = gb.Recorder(net, every=2, probes=("weights", fixed), path=path, max_overhead=None)
+    assert f"{path}: 0 steps seen, 0 records taken, probes weights fixed, 0 % of" in repr(rec)
+    train(net, batches_of(net, 3), rec=rec)
+    assert repr(rec).startswith(f"<gammabeta.Recorder {path}: 3 steps seen, 2 records taken, ")
+    share = float(repr(rec).rpartition(" % of")[0].rpartition(" ")[2])
+    assert share == pytest.approx(100 * rec.overhead, rel=0.2)
+    held = gb.Recorder(net, every=lambda step: step == 0, probes=())
+    train(net, batches_of(net, 1), rec=held)
+    assert "in memory: 1 step seen, 1 record taken, probes none" in repr(held)
+    held.skipped = 2
+    assert "2 skipped" in repr(held)

@@ -166,6 +166,18 @@ class Recorder:
             self._file = RecordFile(Path(path), self._about)
             self._go_on(self._file)
 
+    def __repr__(self) -> str:
+        where = "in memory" if self._file is None else str(self._file.path)
+        taken = self._due["taken"]
+        said = [
+            f"{self.steps} step{'s' * (self.steps != 1)} seen",
+            f"{taken} record{'s' * (taken != 1)} taken",
+            *([f"{self.skipped} skipped"] if self.skipped else []),
+            f"probes {' '.join(self._probes) or 'none'}",
+            f"{100 * self.overhead:.2g} % of the training's time",
+        ]
+        return f"<gammabeta.Recorder {where}: {', '.join(said)}>"
+
     def _go_on(self, file: RecordFile) -> None:
         if file.dropped:
             text = "Recorder: the last line of %s was not finished; its %d bytes were cut off."
