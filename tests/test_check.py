@@ -111,6 +111,14 @@ def looking_elsewhere(norm):
     return model, {"step": step}
 
 
+def backward(model, batch):
+    model(batch[0]).square().mean().backward()
+
+
+def left_in_eval(norm):
+    return calibrated(resnet_like, norm).eval(), {"step": backward}
+
+
 def frozen(norm):
     model = calibrated(resnet_like, norm)
     model.layers.requires_grad_(False)
@@ -152,6 +160,14 @@ def loaded_without_buffers(norm):
 
 def never_seen(norm):
     return resnet_like(norm=norm).eval(), {}
+
+
+def put_in_eval(norm):
+    model = resnet_like(norm=norm).train()
+    for module in model.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            module.eval()
+    return model, {"optimizer": torch.optim.SGD(model.parameters(), lr=0.1)}
 
 
 def stale(norm):
@@ -222,6 +238,7 @@ DEFECTS = {
     counted_twice_reentrant: "BN001",
     accumulating: "BN001",
     looking_elsewhere: "BN001",
+    left_in_eval: "BN001",
     frozen: "BN002",
     left_out_of_the_optimizer: "BN002",
     deaf: "BN003",
@@ -229,6 +246,7 @@ DEFECTS = {
     poisoned: "BN004",
     loaded_without_buffers: "BN004",
     never_seen: "BN004",
+    put_in_eval: "BN004",
     stale: "BN005",
     few: "BN006",
     one: "BN006",
@@ -639,6 +657,249 @@ def test_where_train_was_forgotten_the_cure_is_to_train_again(digits, norm, mome
 
 
 @pytest.mark.parametrize("norm", ["nn", "gb"])
+@pytest.mark.parametrize("first", [0, 2], ids=["from the start", "after validation"])
+def test_a_step_before_which_train_was_forgotten_is_named_and_the_cure_restores(
+    digits, norm, first
+):
+    x, y, test_x, test_y = digits
+
+    def training(cure):
+        model = perceptron(norm).train(first > 0)
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.01, momentum=0.9)
+
+        def step(model, batch):
+            optimizer.zero_grad()
+            nn.functional.cross_entropy(model(batch[0]), batch[1]).backward()
+            optimizer.step()
+
+        for batch in shuffled(x, y)[:first]:
+            step(model, batch)
+        for _ in range(5):
+            model.eval()  # to validate
+            exec(cure, {"model": model})
+            for batch in shuffled(x, y):
+                step(model, batch)
+        found = gb.check(model, (x[:256], y[:256]), optimizer, step=step)
+        return found, accuracy(model.eval(), test_x, test_y)
+
+    found, planted = training("")
+    assert found.codes == ("BN001", "BN004")[: 1 if first else 2], found
+    assert found[0].values == {"1": 0.0, "4": 0.0}
+    assert "2 of 2 normalization layers were in eval mode" in found[0].effect
+    assert all(finding.cure.startswith("model.train()") for finding in found)
+    assert ("BN001" if first else "BN004") in found.skipped["BN005"]
+    found, restored = training(found[0].cure)
+    assert found == []
+    assert restored > planted + 0.1
+
+
+@pytest.mark.parametrize("norm", ["nn", "gb"])
+def test_layers_put_in_eval_mode_before_any_batch_are_named_and_the_cure_restores(digits, norm):
+    x, y, test_x, test_y = digits
+
+    def training(cure):
+        model = perceptron(norm)
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
+        for layer in (model[1], model[4]):
+            layer.eval()
+        exec(cure, {"model": model})
+        found = gb.check(model, (x[:256], y[:256]), optimizer)
+        for _ in range(5):
+            for batch in shuffled(x, y):
+                optimizer.zero_grad()
+                nn.functional.cross_entropy(model(batch[0]), batch[1]).backward()
+                optimizer.step()
+        return found, accuracy(model.eval(), test_x, test_y)
+
+    found, planted = training("")
+    assert found.codes == ("BN004",)
+    assert found[0].places == ("1", "4")
+    assert "in eval mode, while the model is in training mode" in found[0].effect.lower()
+    found, restored = training(found[0].cure)
+    assert found == []
+    assert restored > planted + 0.1
+
+
+class Freezing(nn.Sequential):
+    """Keeps its normalizations in eval mode."""
+
+    def train(self, mode=True):
+        super().train(mode)
+        for layer in self.modules():
+            if isinstance(layer, nn.BatchNorm1d):
+                layer.training = False
+        return self
+
+
+def test_a_train_method_that_keeps_untouched_layers_in_eval_mode_is_taken_away():
+    model = Freezing(nn.Linear(8, 16, bias=False), nn.BatchNorm1d(16)).train()
+    kind, x = Freezing.train, torch.randn(64, 8)
+    try:
+        (finding,) = gb.check(model, x)
+        exec(finding.cure, {"model": model, "torch": torch})
+        assert gb.check(model, x) == []
+    finally:
+        Freezing.train = kind
+
+
+def test_untouched_layers_that_are_frozen_one_by_one_are_named_and_calibration_cures():
+    model, x = perceptron("nn"), torch.rand(256, 64)
+    for layer in (model[1], model[4]):
+        layer.eval().requires_grad_(False)
+    (finding,) = gb.check(model, x)
+    assert (finding.code, finding.places) == ("BN004", ("1", "4"))
+    exec(finding.cure, {"gb": gb, "model": model, "batches": [x]})
+    assert gb.check(model, x) == []
+
+
+class Student(nn.Module):
+    """With a network beside it that is used as it is, without gradients."""
+
+    def __init__(self, net):
+        super().__init__()
+        self.net, self.teacher = net, copy.deepcopy(net).eval()
+
+    def forward(self, x):
+        with torch.no_grad():
+            wanted = self.teacher(x)
+        return self.net(x) - 0.1 * wanted
+
+    def train(self, mode=True):
+        super().train(mode)
+        self.teacher.eval()
+        return self
+
+
+def normalizations(model):
+    return [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
+
+
+def validates_first(model):
+    def step(x):
+        with torch.no_grad():
+            model.eval()(x)
+        return model.train()(x)
+
+    return step
+
+
+def attacks_first(model):
+    def step(x):
+        attacked = x.clone().requires_grad_()
+        (towards,) = torch.autograd.grad(model.eval()(attacked).square().sum(), attacked)
+        return model.train()(x + 0.01 * towards.sign())
+
+    return step
+
+
+def each(change):
+    return lambda model: [change(layer) for layer in normalizations(model)] and None
+
+
+def frozen_on_purpose(model):
+    gb.freeze(model, affine=random.random() < 0.5)
+
+
+ON_PURPOSE = {  # what is done to a trained model in training mode; it may return (what is called)
+    "training": lambda model: None,
+    "frozen statistics": each(lambda layer: layer.eval()),
+    "frozen layers": each(lambda layer: layer.eval().requires_grad_(False)),
+    "gb.freeze": frozen_on_purpose,
+    "gb.freeze in eval mode": lambda model: frozen_on_purpose(model.eval()),
+    "a backbone in eval mode": lambda model: model[0].eval() and None,
+    "a frozen backbone in eval mode": lambda model: model[0].eval().requires_grad_(False) and None,
+    "a frozen backbone, all in eval mode": lambda m: m.eval()[0].requires_grad_(False) and None,
+    "a head alone": lambda model: model.eval()[1].train() and None,
+    "validation in the step": validates_first,
+    "an attack in the step": attacks_first,
+}
+
+
+@pytest.mark.parametrize("purpose", [*ON_PURPOSE, "features", "a teacher", "synchronized"])
+@pytest.mark.parametrize("norm", ["nn", "gb"])
+def test_eval_mode_on_purpose_is_no_finding_in_ordinary_training(digits, norm, purpose):
+    """Pretrained networks, eight set-ups each."""
+    x, y, *_ = digits
+    if norm == "nn" and purpose.startswith("gb."):
+        norm = "gb"
+    kind = {"nn": nn.BatchNorm1d, "gb": gb.BatchNorm1d}[norm]
+    for seed in range(8):
+        torch.manual_seed(seed)
+        random.seed(seed)
+        width = random.choice([16, 32])
+        layers = [nn.Linear(64, width, bias=False), kind(width), nn.ReLU()]
+        for _ in range(random.randrange(3)):
+            layers += [nn.Linear(width, width, bias=False), kind(width), nn.ReLU()]
+        model = nn.Sequential(nn.Sequential(*layers), nn.Linear(width, 10))
+        gb.calibrate(model, [part for part, _ in shuffled(x, y)])
+        if purpose == "synchronized":
+            model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
+        model = Student(model) if purpose == "a teacher" else model
+        called = ON_PURPOSE.get(purpose, lambda model: None)(model.train()) or model
+        if purpose == "features":
+            model.eval()
+        parameters = (model[1] if purpose == "features" else model).parameters()
+        make = random.choice(
+            [
+                lambda p: torch.optim.SGD(p, lr=0.01),
+                lambda p: torch.optim.SGD(p, lr=0.01, momentum=0.9, weight_decay=0.01),
+                lambda p: torch.optim.AdamW(p, lr=0.001),
+            ]
+        )
+        optimizer = make([p for p in parameters if p.requires_grad])
+
+        def step(model, batch, called=called, optimizer=optimizer):
+            optimizer.zero_grad()
+            nn.functional.cross_entropy(called(batch[0]), batch[1]).backward()
+            optimizer.step()
+
+        batch = shuffled(x, y)[0]
+        for _ in range(random.randrange(3)):
+            step(model, batch)
+        given = optimizer if random.random() < 0.5 else None
+        found = gb.check(model, batch, given, step=step, select="BN001,BN004")
+        assert len(found.tried) == 2
+        assert found == [], (purpose, seed, found)
+
+
+def frozen_and_in_eval(part):
+    gb.freeze(part)
+    part[1].eval()
+
+
+def test_parts_that_are_used_as_they_are_may_have_statistics_as_built():
+    x = torch.randn(64, 8)
+    as_it_is = (lambda part: part.eval().requires_grad_(False), gb.freeze, frozen_and_in_eval)
+    for freeze in as_it_is:
+        part = nn.Sequential(nn.Linear(8, 16, bias=False), gb.BatchNorm1d(16))
+        freeze(part)
+        model = nn.Sequential(part, nn.ReLU(), nn.Linear(16, 2))
+        parameters = [p for p in model.parameters() if p.requires_grad]
+        optimizer = torch.optim.SGD(parameters, lr=0.1)
+        assert gb.check(model, x, optimizer, step=lambda m, x: m(x).sum().backward()) == []
+
+
+def test_a_step_in_eval_mode_that_trains_no_normalization_is_no_finding(digits):
+    x, y, *_ = digits
+    model = perceptron("gb")
+    gb.calibrate(model, [x])
+    head = torch.optim.SGD(model[-1].parameters(), lr=0.1)
+    model.eval()
+    # gradients reach all, the optimizer holds the head
+    assert gb.check(model, (x, y), head, step=backward, select="BN001") == []
+
+    def averages(model, batch):
+        with torch.no_grad():
+            model(batch[0])
+            for p in model.parameters():
+                p.mul_(0.9)
+
+    assert gb.check(model, (x, y), step=averages, select="BN001") == []
+    everything = torch.optim.SGD(model.parameters(), lr=0.1)
+    assert gb.check(model, (x, y), everything, step=backward, select="BN001") != []
+
+
+@pytest.mark.parametrize("norm", ["nn", "gb"])
 def test_where_buffers_were_not_loaded_the_cure_is_to_calibrate(digits, norm):
     x, y, test_x, test_y = digits
     model = perceptron(norm).train()
@@ -907,6 +1168,10 @@ def test_select_and_ignore_choose_rules():
         (lambda m: gb.check(m, select="BN11"), ValueError, "BN001 to BN010, got 'BN11'"),
         (lambda m: gb.check(m, ignore=["x"]), ValueError, "ignore must name rules"),
         (lambda m: gb.check(len), TypeError, "must be a torch.nn.Module"),
+        (lambda m: gb.check(m, step=3), TypeError, r"step must be a function.*, got 3"),
+        (lambda m: gb.check(m, evaluate=3), TypeError, r"evaluate\(model, batch\), got 3"),
+        (lambda m: gb.check(m, forward="x"), TypeError, "forward must be a function"),
+        (lambda m: gb.check(m, batches=3), TypeError, "batches must be several batches, .* got 3"),
         (
             lambda m: gb.check(nn.Sequential(nn.LazyBatchNorm1d())),
             ValueError,
@@ -917,6 +1182,33 @@ def test_select_and_ignore_choose_rules():
 def test_a_wrong_input_is_answered_by_what_to_do(call, kind, words):
     with pytest.raises(kind, match=words):
         call(resnet_like())
+
+
+@pytest.mark.parametrize(
+    ("batch", "words"),
+    [
+        (torch.randn(32, 7), r"layer 0 \(Linear\), which got float32 values of shape \(32, 7\)"),
+        (torch.zeros(32, 8, dtype=torch.int64), "got int64 values of shape"),
+        (torch.randn(8), r"layer 1 \(BatchNorm1d\), which got float32 values of shape \(16,\)"),
+        ("text", r"layer 0 \(Linear\): TypeError: "),
+        ({}, ": TypeError: .* missing 1 required"),
+    ],
+    ids=["width", "integers", "dimensions", "text", "nothing"],
+)
+@pytest.mark.parametrize("norm", [nn.BatchNorm1d, gb.BatchNorm1d])
+def test_a_batch_that_the_model_cannot_be_run_on_is_named_with_the_layer(norm, batch, words):
+    model = nn.Sequential(nn.Linear(8, 16, bias=False), norm(16))
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+    before = trace(model, optimizer)
+    whole = "could not be run on the batch that was given.*" + words
+    for given in ({}, {"step": lambda m, x: m(x)}, {"evaluate": lambda m, x: m(x)}):
+        for select in ((), "BN001", "BN003"):
+            with pytest.raises(RuntimeError, match=whole) as raised:
+                gb.check(model, batch, optimizer, select=select, **given)
+            cause = raised.value.__cause__
+            assert type(cause).__name__ in str(raised.value)
+            assert "\n" not in str(raised.value)
+    assert differences(before, trace(model, optimizer)) == []
 
 
 def test_wrapped_and_compiled_models_are_looked_at_inside():

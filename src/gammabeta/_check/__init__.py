@@ -19,8 +19,8 @@ from gammabeta._check._finding import Finding, Findings, Rule, Untried
 from gammabeta._check._setting import bias_before, dropout_before, few_values
 from gammabeta._check._statistics import differs, momentum, not_usable
 from gammabeta._check._updates import (
-    counted_twice,
     frozen_but_updating,
+    not_counted_once,
     outside_training,
     several_sites,
 )
@@ -31,8 +31,8 @@ RULES = {
     for rule in (
         Rule(
             "BN001",
-            "statistics counted twice per optimizer step",
-            counted_twice,
+            "batch not counted once per optimizer step",
+            not_counted_once,
             ("step", "recomputation"),
         ),
         Rule("BN002", "frozen but updating", frozen_but_updating, ("optimizer", "requires_grad")),
@@ -92,7 +92,9 @@ def check(
     Raises:
         ValueError: no such code; a model without batch normalization; lazy parameters; an
             optimizer that holds none of the model's parameters.
-        TypeError: the model is no module, scripted or sharded; the optimizer is none.
+        TypeError: the model is no module, scripted or sharded; the optimizer is none; ``forward``,
+            ``step`` or ``evaluate`` is no function, ``batches`` nothing to go through.
+        RuntimeError: the model cannot be run on the batch; the cause is what it raised.
 
     >>> import torch, gammabeta as gb
     >>> layer = gb.BatchNorm1d(16, momentum=0.9)
@@ -117,6 +119,16 @@ def check(
         for code in codes_of(select, "select") or RULES
         if code not in codes_of(ignore, "ignore")
     ]
+    for name, function in (("forward", forward), ("step", step), ("evaluate", evaluate)):
+        if function is not None and not callable(function):
+            raise TypeError(
+                f"check: {name} must be a function {name}(model, batch), got {function!r:.50}."
+            )
+    try:
+        batches = None if batches is None else list(batches)
+    except TypeError as error:
+        text = f"check: batches must be several batches, such as a list, got {batches!r:.50}."
+        raise TypeError(text) from error
     evidence = Evidence(model, batch, optimizer, batches, forward, step, evaluate, epoch)
     if not evidence.layers:
         raise ValueError(

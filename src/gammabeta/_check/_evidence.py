@@ -70,14 +70,17 @@ class Trained(NamedTuple):
 
 class Watched(NamedTuple):
     """What a function of the user's did: batches that each layer counted, standard deviations by
-    which running means moved, values per channel in all forward passes, and which layers were
-    recomputed in a backward pass.
+    which running means moved, values per channel in all forward passes, which layers were
+    recomputed in a backward pass, which ran with gradients while the whole model was in eval mode,
+    and the parameters that learned, by id.
     """
 
     counted: dict[str, int]
     moved: dict[str, float]
     values: dict[str, float]
     again: set[str]
+    asleep: set[str]
+    learned: set[int]
 
 
 Snapshot = dict[str, tuple[Tensor, Tensor, int]]
@@ -91,7 +94,7 @@ class Evidence:
         model: nn.Module,
         batch: Any,
         optimizer: torch.optim.Optimizer | None,
-        batches: Iterable[Any] | None,
+        batches: list[Any] | None,
         forward: Forward | None,
         step: Callable[[nn.Module, Any], Any] | None,
         evaluate: Callable[[nn.Module, Any], Any] | None,
@@ -99,7 +102,7 @@ class Evidence:
     ) -> None:
         self.given, self.model = model, unwrap(model, "check")
         self.root = _inside(self.given, self.model)
-        self._batches = None if batches is None else list(batches)
+        self._batches = batches
         self._batch = self._batches[0] if batch is None and self._batches else batch
         self.optimizer, self.forward = optimizer, forward or run
         self.step, self.evaluate, self.epoch = step, evaluate, epoch
@@ -170,6 +173,24 @@ class Evidence:
                 found.add(name)
         return found
 
+    def still(self, module: nn.Module) -> bool:
+        """Whether the module has parameters, and none that is trained."""
+        held = None
+        if self.optimizer is not None:
+            held = {id(p) for group in self.optimizer.param_groups for p in group["params"]}
+        parameters = list(module.parameters())
+        return bool(parameters) and not any(
+            p.requires_grad and (held is None or id(p) in held) for p in parameters
+        )
+
+    def around(self, name: str) -> nn.Module:
+        """The layer or, where it has no parameters, the innermost module around it that has."""
+        found = self.model.get_submodule(name)
+        while not any(True for _ in found.parameters()) and name:
+            name = name.rpartition(".")[0]
+            found = self.model.get_submodule(name)
+        return found
+
     def ours(self, names: Iterable[str]) -> bool:
         return all(isinstance(self.layers[name], RunningMoments) for name in names)
 
@@ -189,7 +210,7 @@ class Evidence:
             found.moments[call] = Moments.of(x, mask)
             found.dropout.setdefault(name, last[-1])
 
-        with torch.no_grad(), self.held.running(training=False):
+        def measure() -> None:
             for name, module in self.model.named_modules():
                 if isinstance(module, nn.modules.dropout._DropoutNd) and module.p > 0:
                     module.register_forward_pre_hook(lambda *_, name=name: last.append(name))
@@ -197,7 +218,47 @@ class Evidence:
             with watch(self.layers, enter):
                 self.forward(self.model, copied(self.batch))
             found.moved.update(self._moved(before))
+
+        batch, held = self.batch, self.held
+        try:
+            with torch.no_grad(), held.running(training=False):
+                measure()
+        except Exception as error:
+            where, cause = self._refused(batch, error)
+            said = str(cause).strip().partition("\n")[0].removesuffix(".")
+            raise RuntimeError(
+                f"check: the model could not be run on the batch that was given{where}: "
+                f"{type(cause).__name__}: {said}. Give a batch as in training, and forward= where "
+                "the model is called otherwise."
+            ) from cause
         return found
+
+    def _refused(self, batch: Any, error: Exception) -> tuple[str, Exception]:
+        """The innermost module in which a batch ends, in words, and what it raised."""
+        entered: list[tuple[str, Any]] = []
+
+        def leave(*_: Any) -> None:
+            entered.pop()
+
+        try:
+            with torch.no_grad(), self.held.running(training=False):
+                for name, module in self.model.named_modules():
+                    module.register_forward_pre_hook(
+                        lambda _, args, name=name: entered.append((name, args[:1]))
+                    )
+                    module.register_forward_hook(leave)
+                self.forward(self.model, copied(batch))
+        except Exception as again:
+            if not entered:
+                return "", again
+            name, given = entered[-1]
+            kind = type(self.model.get_submodule(name)).__name__
+            where = f", in layer {name} ({kind})" if name else ""
+            for x in tensors(given):
+                dtype = str(x.dtype).removeprefix("torch.")
+                where += f", {'which got ' * bool(name)}{dtype} values of shape {tuple(x.shape)}"
+            return where, again
+        return "", error
 
     @cached_property
     def broken(self) -> str:
@@ -330,24 +391,58 @@ class Evidence:
         with _reported("gb.gap"):
             return gap(self.model, compared, forward=self.forward)
 
+    @cached_property
+    def stepped(self) -> Watched:
+        """What one training step of the user's does."""
+        assert self.step is not None
+        return self.while_running(self.step)
+
+    @cached_property
+    def forgotten(self) -> list[str]:
+        """Layers that a training step trains, all in eval mode with the whole of the model."""
+        if self.step is None:
+            return []
+        ran = self.stepped
+        return [
+            name
+            for name, layer in self.layers.items()
+            if name in ran.asleep
+            and not ran.counted.get(name)
+            and pair(layer) is not None
+            and not getattr(layer, "_frozen", False)
+            and not self.still(self.around(name))
+            and any(id(p) in ran.learned for p in self.around(name).parameters())
+        ]
+
     def while_running(self, function: Callable[[nn.Module, Any], Any]) -> Watched:
         """What the user's ``function(model, batch)`` does in each layer."""
         values: dict[str, float] = {}
         again: set[str] = set()
+        asleep: set[str] = set()
+        weighted = [m for m in self.model.modules() if list(m.parameters(recurse=False))]
 
         def enter(call: Call, x: Tensor, mask: Tensor | None) -> None:
             if _torch.in_backward():
                 again.add(call[0])
-            else:
-                values[call[0]] = values.get(call[0], 0.0) + x.numel() / x.shape[1]
+                return
+            values[call[0]] = values.get(call[0], 0.0) + x.numel() / x.shape[1]
+            # a part in training mode says that the others are in eval mode on purpose
+            if torch.is_grad_enabled() and not any(m.training for m in weighted):
+                asleep.add(call[0])
 
+        parameters = list(self.model.parameters())
+        initial = [p.detach() for p in parameters]  # what is lent is a copy
         with self._lent():
             before = self._snapshot()
             with watch(self.layers, enter):
                 function(self.given, copied(self._batch))
             moved, after = self._moved(before), self._snapshot()
+            pairs = zip(parameters, initial, strict=True)
+            learned = {id(p) for p, value in pairs if not torch.equal(p.detach(), value)}
+            # without an optimizer's step its gradients are what there is to see
+            learned = learned or {id(p) for p in parameters if p.grad is not None}
         counted = {name: after[name][2] - held[2] for name, held in before.items()}
-        return Watched(counted, moved, values, again)
+        return Watched(counted, moved, values, again, asleep, learned)
 
     @contextmanager
     def _lent(self) -> Iterator[None]:

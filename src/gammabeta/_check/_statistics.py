@@ -5,7 +5,8 @@ from __future__ import annotations
 import math
 
 from gammabeta._check._evidence import Evidence
-from gammabeta._check._finding import Found, Untried, percent, worst
+from gammabeta._check._finding import Found, Untried, listed, percent, worst
+from gammabeta._check._updates import overriding
 from gammabeta.probes._modes import pair
 from gammabeta.probes.train_eval import CAUSES, GROUPS, LayerGap
 
@@ -31,12 +32,14 @@ def not_usable(evidence: Evidence) -> Found | None:
     **Fires** where a running mean or variance is not finite or a variance negative, and where they
     are exactly 0 and 1 without a batch counted, if the model is in eval mode, other layers have
     counted batches, or weights were trained: the optimizer holds a state, or γ and β have moved and
-    gradients are there. Values: channels that are not finite or, of untouched layers, how far the
-    mean of the batch is from 0 in standard deviations (without batch, 0).
+    gradients are there. Also, before any training, in layers that are in eval mode within a model
+    in training mode, with γ and β to be trained or put there one by one: they will stay 0 and 1.
+    Values: channels that are not finite or, of untouched layers, how far the mean of the batch is
+    from 0 in standard deviations (without batch, 0).
 
     **Cure.** `gb.calibrate(model, batches)`; where weights were trained, `model.train()` in the
-    training loop, and another training. The layers of this package keep batches out that are not
-    finite; `gb.skipped` counts them.
+    training loop, and another training; no `.eval()` for layers that are to be trained. The layers
+    of this package keep batches out that are not finite; `gb.skipped` counts them.
 
     ```python
     model = nn.Sequential(nn.Linear(8, 16, bias=False), nn.BatchNorm1d(16))
@@ -80,7 +83,24 @@ def not_usable(evidence: Evidence) -> Found | None:
             f", where the batch has means up to {shift:.2g} standard deviations away and a "
             f"standard deviation of {spread:.2g} ({place})"
         )
-    if _stepped(evidence):
+    asleep = _asleep(evidence, untouched)
+    if asleep:
+        effect += (
+            f". In eval mode, while the model is in training mode: {listed(asleep)}. No batch will "
+            "enter, and nothing be normalized by one"
+        )
+        if any(not evidence.still(evidence.around(name)) for name in asleep):
+            cure = "model.train()  # in the training loop, with no .eval() of these layers after it"
+            own = overriding(evidence.model, asleep[0])
+            if own is not None:
+                cure = f"type({evidence.path(own)}).train = torch.nn.Module.train; {cure}"
+            if _stepped(evidence):
+                cure += ", and train again"
+            return Found(values, effect, cure)
+    elif evidence.forgotten:
+        effect += ". The training step that was given leaves them so: it runs in eval mode"
+        return Found(values, effect, "model.train()  # in the training loop, and train again")
+    elif _stepped(evidence):
         effect += (
             ". The weights were trained: in eval mode, call model.train() in the training loop and "
             "train again; gb.calibrate is for weights that were loaded without their buffers"
@@ -111,10 +131,27 @@ def _untouched(evidence: Evidence) -> list[str]:
     ]
     used = any(evidence.counted(name) for name in evidence.layers)
     if evidence.given.training and not used and not _stepped(evidence):
-        return []
+        fresh = _asleep(evidence, fresh)
     if evidence._batch is not None:  # what no forward pass reaches does no harm
         fresh = [name for name in fresh if name in evidence.seen.calls]
     return fresh
+
+
+def _asleep(evidence: Evidence, names: list[str]) -> list[str]:
+    """Those that are in eval mode while the model is in training mode, and are not a part of it
+    that is used as it is.
+    """
+    return [
+        name
+        for name in names
+        if evidence.model.training
+        and not evidence.layers[name].training
+        and not getattr(evidence.layers[name], "_frozen", False)
+        and (
+            evidence.model.get_submodule(name.rpartition(".")[0]).training
+            or not evidence.still(evidence.around(name))
+        )
+    ]
 
 
 def differs(evidence: Evidence) -> Found | None:
@@ -129,7 +166,7 @@ def differs(evidence: Evidence) -> Found | None:
     per channel) or, more exactly, between several `batches=`: of n of them, chance is the noise of
     one divided by √n. Give batches as training draws them: the first samples of data that are
     sorted are of other statistics. Not before the first batch of training, nor where BN004 says it
-    all. Values: the systematic difference.
+    all, nor where BN001 names a step that trains eval mode. Values: the systematic difference.
 
     With several `batches=` also where eval mode differs by more than 5 % in all, and batches fall
     into groups whose statistics differ, as when each is of one domain, or of one class: means or
@@ -170,6 +207,8 @@ def differs(evidence: Evidence) -> Found | None:
     )
     if not finite or _untouched(evidence):
         raise Untried("BN004 says already that statistics cannot be used")
+    if evidence.forgotten:
+        raise Untried("the step that was given trains eval mode, which BN001 tells of")
     rows: list[LayerGap] = [*evidence.gaps]
     if evidence.gaps.output is not None:
         rows.append(evidence.gaps.output)

@@ -11,21 +11,28 @@ from gammabeta._check._finding import Found, Untried, listed, worst
 from gammabeta.models.conversion import why_not_ours
 
 
-def counted_twice(evidence: Evidence) -> Found | None:
-    """The running statistics take in a batch more than once for one step of the optimizer.
+def not_counted_once(evidence: Evidence) -> Found | None:
+    """The running statistics take in a batch more than once for one training step, or not at all.
 
     **Why.** A recomputed forward pass (activation checkpointing), several parts of one batch
     (gradient accumulation) or an extra forward pass (a second loss, a probe) each update the
     running statistics. With k updates a step the average forgets k times as fast as `momentum`
-    says, and what an extra pass brings in, eval mode normalizes with.
+    says, and what an extra pass brings in, eval mode normalizes with. With no update, as where
+    `model.train()` was forgotten after a validation, what is trained is eval mode: the weights go
+    on and the statistics stay, and nothing is normalized by its batch any more.
 
     **Fires** where one step counts more batches in a layer than one forward pass does. Without
     `step=` a step is a forward and a backward pass of this check, which shows recomputation. With
     `step=`, a function `step(model, batch)` that is your whole training step (with `optimizer=`,
-    so that its state is put back), it is what your code does. Values: batches counted a step.
+    so that its state is put back), it is what your code does; and it fires where the step counts
+    none in layers whose parameters it trains, because the whole model is in eval mode. Not for
+    layers under `gb.freeze`, nor in eval mode beside others in training mode, which may be meant.
+    Values: batches counted a step.
 
     **Cure.** Layers of this package do not count what is recomputed. Put `gb.accumulate` around all
-    forward passes of one step, or `gb.no_update` around those that are not to count.
+    forward passes of one step, or `gb.no_update` around those that are not to count. Against a step
+    in eval mode, `model.train()` before it, after each validation, and more training; or, where it
+    is meant, `gb.freeze`.
 
     ```python
     class Checkpointed(nn.Sequential):
@@ -37,10 +44,32 @@ def counted_twice(evidence: Evidence) -> Found | None:
     print(gb.check(model, x, select="BN001"))
     model = gb.convert(model)
     assert not gb.check(model, x, select="BN001")
+
+
+    def step(model, x):
+        model(x).square().mean().backward()
+
+
+    model.eval()  # to validate, and no model.train() after it
+    print(gb.check(model, x, step=step, select="BN001"))
+    model.train()
+    assert not gb.check(model, x, step=step, select="BN001")
     ```
 
     Reported as pytorch/pytorch#96136.
     """
+    if evidence._batch is not None:
+        _ = evidence.seen  # a batch that cannot be used is named before a step that uses it
+    if evidence.forgotten:
+        number, of = len(evidence.forgotten), len(evidence.layers)
+        effect = (
+            f"in the training step, with the model as it was given, {number} of {of} normalization "
+            "layers were in eval mode: no batch was counted, and the batch was normalized by "
+            "running statistics, which no longer follow the weights. If that is meant, gb.freeze "
+            "says so"
+        )
+        cure = "model.train()  # before the step, after each validation; then train on"
+        return Found(dict.fromkeys(evidence.forgotten, 0.0), effect, cure)
     if evidence.step is None:
         _ = evidence.batch
         trained = evidence.trained
@@ -52,7 +81,7 @@ def counted_twice(evidence: Evidence) -> Found | None:
         moved, cause = trained.all, "recomputed in the backward pass"
         cure = "model = gb.convert(model)"
     else:
-        watched = evidence.while_running(evidence.step)
+        watched = evidence.stepped
         single = evidence.seen if evidence._batch is not None else None
         counts = {
             name: n
@@ -113,27 +142,9 @@ def frozen_but_updating(evidence: Evidence) -> Found | None:
 
     Reported as pytorch/pytorch#86590.
     """
-    kept = None
-    if evidence.optimizer is not None:
-        kept = {id(p) for group in evidence.optimizer.param_groups for p in group["params"]}
-
-    def still(module: nn.Module) -> bool:
-        parameters = list(module.parameters())
-        return bool(parameters) and not any(
-            p.requires_grad and (kept is None or id(p) in kept) for p in parameters
-        )
-
-    if still(evidence.model) and not evidence.given.training:
+    if evidence.still(evidence.model) and not evidence.given.training:
         return None
-    places = []
-    for name, layer in evidence.updating.items():
-        around: nn.Module = layer
-        while not any(True for _ in around.parameters()) and name:
-            name = name.rpartition(".")[0]
-            around = evidence.model.get_submodule(name)
-        if still(around):
-            places.append(layer)
-    found = [name for name, layer in evidence.updating.items() if layer in places]
+    found = [name for name in evidence.updating if evidence.still(evidence.around(name))]
     if not found:
         return None
     try:
@@ -202,6 +213,8 @@ def outside_training(evidence: Evidence) -> Found | None:
     print(gb.check(model, x, evaluate=validate, select="BN003"))
     ```
     """
+    if evidence._batch is not None:
+        _ = evidence.seen
     if evidence.evaluate is not None:
         moved = evidence.while_running(evidence.evaluate).moved
         if moved:
@@ -222,7 +235,7 @@ def outside_training(evidence: Evidence) -> Found | None:
         f"({place}): model.eval() does not reach the layer"
     )
     names = list(moved)
-    own = _overriding(evidence.model, names[0])
+    own = overriding(evidence.model, names[0])
     each = f"{evidence.root}.get_submodule(name)"
     cure = f"for name in {names!r}: {each}.eval()  # after each model.eval()"
     if own is not None:
@@ -230,7 +243,7 @@ def outside_training(evidence: Evidence) -> Found | None:
     return Found(moved, effect, cure)
 
 
-def _overriding(model: nn.Module, name: str) -> str | None:
+def overriding(model: nn.Module, name: str) -> str | None:
     """The innermost module around a layer, or the layer, whose class has a train() of its own."""
     while True:
         if type(model.get_submodule(name)).train is not nn.Module.train:
