@@ -49,6 +49,7 @@ def test_twice_as_many_seeds_as_would_decide_within_limits(needed, seeds):
         ({"status": "refuted"}, "is decided: refuted"),
         ({"status": "mixed"}, "is decided: mixed"),
         ({"claim": "no-dropout"}, "headline claim"),
+        ({"claim": "no-dropout", "status": "supported"}, "headline claim"),  # before Holm
         ({"claim": "keep-consistent"}, "decided by one"),
         ({"n_needed": None}, "does not say how many"),
         ({"n_needed": 423}, "about 423 seeds, more than 128"),
