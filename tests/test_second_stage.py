@@ -157,6 +157,8 @@ def test_what_is_published_is_that_of_the_first_stage_alone():
     assert own.published_status == "supported"
     assert [c["status"] for c in own.cells] == ["inconclusive", "supported"]
     assert own.notes[1:] == ["As published, x: supported."]
+    same = [dataclasses.replace(v, cells=v.cells[:1]) for v in both]  # no setting but the fair one
+    assert _second._joined(*same, _second.Asked("a", "b", 40)).published_status == "inconclusive"
 
 
 def test_a_decided_claim_takes_no_second_sample(tmp_path):
