@@ -650,6 +650,7 @@ def test_list_finds_claims_by_words(here):
     shown = here("study", "list", "covariate", "shift").stdout
     assert "* ics-reduced " in shown
     assert "act-all" not in shown
+    assert here("study", "list", "covariate-shift").stdout == shown  # as the page names the topic
 
 
 def test_list_reads_well_at_80_columns(here):

@@ -5,11 +5,11 @@ over that with Gaussian ones, for linear, tanh and ReLU (gain sqrt 2).
 """
 
 import torch
-from plain import QUICK, tell
+from plain import tell
 from torch import nn
 from torch.autograd.functional import jacobian
 
-WIDTH, DEPTH, DRAWS = 100, 10, 5 if QUICK else 10
+WIDTH, DEPTH, DRAWS = 100, 10, 10
 
 
 def spread(activation, gain, start):

@@ -254,7 +254,10 @@ def more(
         if not samples and claims:
             raise Unusable("None of these claims gets a second stage: there is nothing to run.")
         if not samples:
-            print("No claim of these rows gets a second stage: there is nothing to run.")
+            print(
+                "No claim of these rows gets a second stage: there is nothing to run. Name a claim "
+                "to be told why."
+            )
             return FINE
         catalogue = _second.catalogue(paths, samples)
         chosen = list(catalogue)

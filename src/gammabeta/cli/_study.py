@@ -66,7 +66,7 @@ def list_claims(words: Words = None, /, *, json: Json = False) -> int:
     Parameters
     ----------
     words
-        Only claims that have all these words in their id, question, text or source.
+        Only claims that have all these words in their id, question, text, source or topic.
     """
     from gammabeta.studies import _claims
 
@@ -74,10 +74,7 @@ def list_claims(words: Words = None, /, *, json: Json = False) -> int:
     found = [
         claim
         for claim in _claims.claims().values()
-        if all(
-            word in " ".join((claim.id, claim.question, claim.title, claim.source)).lower()
-            for word in wanted
-        )
+        if all(_has(word, _told(claim)) for word in wanted)
     ]
     if not found:
         raise Unusable(
@@ -91,6 +88,15 @@ def list_claims(words: Words = None, /, *, json: Json = False) -> int:
 
     _terminal.claims(found)
     return FINE
+
+
+def _told(claim: Claim) -> str:
+    return " ".join((claim.id, claim.question, claim.title, claim.source, claim.topic)).lower()
+
+
+def _has(word: str, text: str) -> bool:
+    """Whether a text has a word as it is, or all that hyphens join in it."""
+    return word in text or all(part in text for part in word.split("-"))
 
 
 def _meant(words: list[str], known: Mapping[str, Claim]) -> str:

@@ -368,8 +368,9 @@ def written(folder: Path) -> str:
     ]
     for name in decided():
         own = [c for c in _runs.read_cells([folder], name) if c.spec["data"]["name"] == "mnist"]
-        # The larger budget decides, and has the same search.
-        budget = max((c.spec["budget"] for c in own), key=BUDGETS.index, default="")
+        # The larger budget decides, and has the same search; a second stage has none.
+        held = {c.spec["budget"] for c in own} & set(BUDGETS)
+        budget = max(held, key=BUDGETS.index, default="")
         rows = [r for c in own if c.spec["budget"] == budget for r in c.flat()]
         if rows:
             lines += ["", f"[{name}]", *_table(from_rows(name, rows))]

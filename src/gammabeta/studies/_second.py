@@ -60,13 +60,14 @@ def reason_against(verdict: Verdict) -> str:
     name, known = verdict.claim, claims().get(verdict.claim)
     if verdict.data != "mnist" or verdict.budget != _OF:
         return f"{name} was judged on {verdict.data} at {verdict.budget}, not on mnist at {_OF}."
+    if known is None or known.headline or name in _BY_HEADLINE:
+        repeats = "noisy-bn" if name in _BY_HEADLINE else name
+        return (
+            f"{name} is a headline claim, or decided by one, and gets no second stage: `gammabeta "
+            f"study run {repeats} --variant fresh-seeds` repeats it with as many fresh seeds."
+        )
     if verdict.status != "inconclusive":
         return f"{name} is decided: {verdict.status}."
-    if known is None or known.headline or name in _BY_HEADLINE:
-        return (
-            f"{name} is a headline claim, or decided by one: `gammabeta study run {name} "
-            "--variant fresh-seeds` repeats those."
-        )
     if verdict.n_needed is None:
         return f"{name} does not say how many seeds would decide it; its notes say why."
     if verdict.n_needed > ASKED:
@@ -187,8 +188,10 @@ def _joined(first: Verdict, second: Verdict, sample: Asked) -> Verdict:
     ).replace("-", "−")
     return dataclasses.replace(
         second,
-        # the source's own setting was run in the first stage alone
-        published_status=first.published_status,
+        # the source's own setting, where it is another one, was run in the first stage alone
+        published_status=first.published_status
+        if any(_published(c["part"]) for c in first.cells)
+        else second.published_status,
         cells=[
             *(c for c in second.cells if not _published(c["part"])),
             *(c for c in first.cells if _published(c["part"])),

@@ -471,7 +471,7 @@ def judge(rows: list[Row]) -> list[Verdict]:
     letter = {b: _gain(runs, "published", b, CODE_RATE) for b in BATCHES}
     small = answer(
         "batch-small",
-        setting("batches of 256, each network at its best learning rate"),
+        setting("SGD with 256 images a step, each network at its best learning rate"),
         WORDS["batch-small"],
         joint(_small(gains), LEAST_SEEDS),
         {f"rate {CODE_RATE:g}": joint(_small(letter), least)},
@@ -565,10 +565,10 @@ _SOLVED = {
 }
 WORDS = {
     "batch-small": Words(
-        "small batches make batch normalization worse than none, and less so the larger they are: "
-        "{weakest}",
-        "small batches do not make batch normalization worse than none by {delta} points, or not "
-        "in order of their size: {refuted}",
+        "batch normalization by the statistics of few images is worse than none, and less so the "
+        "more they are: {weakest}",
+        "batch normalization by the statistics of few images is not worse than none by {delta} "
+        "points, or not in order of their number: {refuted}",
         "the accuracy that batch normalization costs is, of {weakest}",
     ),
     "brn-small": Words(

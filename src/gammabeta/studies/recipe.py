@@ -434,10 +434,10 @@ def _steps_verdict(
             unit="natural logarithm of the ratio of steps",
         ),
         Words(
-            "batch normalization reaches in less than half of the steps what the network without "
-            "it is worth: {weakest}",
-            "batch normalization needs at least half of the steps to what the network without it "
-            "is worth: {refuted}",
+            "batch normalization needs less than half of the steps to the accuracy at which the "
+            "network without it ends: {weakest}",
+            "batch normalization needs half of the steps or more to the accuracy at which the "
+            "network without it ends: {refuted}",
             "the ratio is {weakest}",
         ),
         outcomes["plain"],
