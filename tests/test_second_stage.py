@@ -4,10 +4,11 @@ import dataclasses
 import os
 import pickle
 
+import numpy as np
 import pytest
 
 from gammabeta import _runs
-from gammabeta.studies import _kept, _run, _second
+from gammabeta.studies import _kept, _run, _second, _verdict
 from gammabeta.studies._experiments import SECOND, Experiment, experiments
 from gammabeta.studies._judge import judge
 from gammabeta.studies._verdict import Verdict
@@ -157,6 +158,8 @@ def test_what_is_published_is_that_of_the_first_stage_alone():
     assert own.published_status == "supported"
     assert [c["status"] for c in own.cells] == ["inconclusive", "supported"]
     assert own.notes[1:] == ["As published, x: supported."]
+    same = [dataclasses.replace(v, cells=v.cells[:1]) for v in both]  # no setting but the fair one
+    assert _second._joined(*same, _second.Asked("a", "b", 40)).published_status == "inconclusive"
 
 
 def test_a_decided_claim_takes_no_second_sample(tmp_path):
@@ -211,3 +214,19 @@ def test_run_accept_and_judge_with_real_cells(first, tmp_path):
     (kept,) = _kept.accept([out], tmp_path / "kept")
     assert kept.cells == 16
     assert samples
+
+
+def test_both_stages_together_err_no_more_than_two_tests_may(monkeypatch):
+    """No effect at all, on the boundary of superiority: "supported" as often as the page allows."""
+    monkeypatch.setattr(_verdict, "sign_flip", lambda values: None)  # decides nothing here
+    chance, wrong, second, trials = np.random.default_rng(2), 0, 0, 2000
+    for _ in range(trials):
+        own = _verdict.superiority(chance.normal(0.0, 0.6, 16), 0.3)
+        sample = _second.asked(verdict(status=own.status, n_needed=own.n_needed))
+        if sample is not None:
+            second += 1
+            own = _verdict.superiority(chance.normal(0.0, 0.6, sample.seeds), 0.3)
+        wrong += own.status == "supported"
+    assert second > 400
+    allowed = 2 * 0.025
+    assert wrong / trials <= allowed + 3 * (allowed * (1 - allowed) / trials) ** 0.5

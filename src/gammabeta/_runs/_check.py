@@ -4,6 +4,7 @@ Nothing is taken as it comes. Links and pipes are not opened, sizes are limited,
 finite, and what a stranger wrote reaches an error message only in quotes and cut short.
 """
 
+import functools
 import json
 import math
 import os
@@ -72,10 +73,17 @@ def scalars(value: object, path: Path, field: str) -> None:
     if not isinstance(value, dict):
         raise fail(path, field, "an object", show(value))
     for key, item in value.items():
-        named = isinstance(key, str) and _COLUMN.fullmatch(key) is not None
-        need(named, path, field, "names of letters, digits and _", key)
-        expected = "text, true, false, null or a finite number"
-        need(_is_scalar(item), path, f"{field}: {key}", expected, item)
+        # words are made for what is wrong alone: there are a million of these
+        if not (isinstance(key, str) and _is_column(key)):
+            raise fail(path, field, "names of letters, digits and _", show(key))
+        if not _is_scalar(item):
+            expected = "text, true, false, null or a finite number"
+            raise fail(path, f"{field}: {key}", expected, show(item))
+
+
+@functools.lru_cache(maxsize=1000)
+def _is_column(name: str) -> bool:
+    return _COLUMN.fullmatch(name) is not None
 
 
 def is_id(value: object) -> bool:

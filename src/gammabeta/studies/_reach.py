@@ -161,8 +161,9 @@ class _Module(NamedTuple):
 
     def used(self, node: ast.stmt) -> Iterator[tuple[Path, str] | Path]:
         """Names of the studies' modules, and parts of the library, that a definition uses."""
-        imports = self.imports | _imports(node)
-        for name, attribute in _names(node):
+        names, imports = _read_in(node)
+        imports = self.imports | imports
+        for name, attribute in names:
             if name.endswith(_COUNTS):
                 continue
             if name in self.definitions:
@@ -171,6 +172,13 @@ class _Module(NamedTuple):
                 yield from _resolved(*imports[name], attribute, self.file)
             if name == "import_module" and self.file.parent != _PACKAGE / "studies":
                 yield self.file.parent  # whatever lies there may be meant
+
+
+@functools.cache  # most experiments reach the same definitions
+def _read_in(
+    node: ast.stmt,
+) -> tuple[tuple[tuple[str, str | None], ...], dict[str, tuple[str, str | None]]]:
+    return tuple(_names(node)), _imports(node)
 
 
 def _resolved(

@@ -188,8 +188,10 @@ def _joined(first: Verdict, second: Verdict, sample: Asked) -> Verdict:
     ).replace("-", "−")
     return dataclasses.replace(
         second,
-        # the source's own setting was run in the first stage alone
-        published_status=first.published_status,
+        # the source's own setting, where it is another one, was run in the first stage alone
+        published_status=first.published_status
+        if any(_published(c["part"]) for c in first.cells)
+        else second.published_status,
         cells=[
             *(c for c in second.cells if not _published(c["part"])),
             *(c for c in first.cells if _published(c["part"])),
