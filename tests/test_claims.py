@@ -5,7 +5,9 @@ import json
 
 import pytest
 
+from gammabeta import _terminal
 from gammabeta.studies import _claims
+from gammabeta.studies._card import Card
 from gammabeta.studies._claims import (
     claims,
     listing,
@@ -16,6 +18,8 @@ from gammabeta.studies._claims import (
     rules,
     suggest,
 )
+from gammabeta.studies._provenance import Rule, digest
+from gammabeta.studies._verdict import Verdict
 
 HEADLINE = {
     "ics-reduced",
@@ -319,3 +323,50 @@ def test_the_public_form_has_every_field_and_survives_json() -> None:
     for row in rows:
         assert set(row) == set(_claims.Claim._fields)
     assert json.loads(json.dumps(rows, allow_nan=False)) == rows
+
+
+# --- what the terminal says of it -----------------------------------------------------------
+
+
+def explained(capsys: pytest.CaptureFixture[str], claim: str, **fields: object) -> str:
+    """The words of `study explain`, with line ends as spaces."""
+    one = Verdict(
+        claim=claim, experiment="x", published_status=None, effect=1.0, ci=(-1.0, 3.0), n=16,
+        unit="points", reported="", budget="small", data="mnist", delta=0.3, half_width=2.0,
+        planned_half_width=None, sentence="An answer.", certainty="",
+        **{"status": "inconclusive", **fields},  # type: ignore[arg-type]
+    )  # fmt: skip
+    rule = Rule("0" * 16, None, None, "2026-01-01", amended=True)
+    _terminal.explain(Card(claims()[claim], "", rule, one, [], None, None, []))
+    return " ".join(capsys.readouterr().out.split())
+
+
+@pytest.mark.parametrize(
+    ("claim", "fields", "told"),
+    [
+        ("selu", {"n_needed": 20}, "judges these alone: gammabeta study more selu That about 20"),
+        ("selu", {"n_needed": 423}, "423 seeds, more than 128. That about 423 seeds"),
+        ("selu", {"n_needed": 20, "stage": 2}, "no third: it stays undecided here. That about 20"),
+        ("noisy-bn", {"n_needed": 20}, "`gammabeta study run noisy-bn --variant fresh-seeds`"),
+        ("selu", {}, "does not say how many seeds would decide it"),
+    ],
+)
+def test_of_an_undecided_claim_the_terminal_says_what_can_be_done(
+    capsys: pytest.CaptureFixture[str], claim: str, fields: dict[str, object], told: str
+) -> None:
+    out = explained(capsys, claim, **fields)
+    assert out.index("What can be done") < out.index(told) < out.index("Verdicts")
+    assert ("if mean and spread stay as they are in these 16" in out) == ("n_needed" in fields)
+    assert "What can be done" not in explained(capsys, claim, **fields, status="refuted")
+
+
+def test_why_a_rule_was_amended_is_told_and_is_no_part_of_the_rule(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    amended = {name for name, claim in claims().items() if claim.amended}
+    assert amended == {"smoother", "ics-reduced", "cross-layer-stats", "noisy-bn"}
+    for name in amended:
+        claim = claims()[name]
+        assert claim.amended in explained(capsys, name)
+        assert digest(claim) == digest(claim._replace(amended=""))
+    assert "why" not in explained(capsys, "selu").split("amended after data")[1]

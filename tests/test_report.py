@@ -527,6 +527,7 @@ def test_the_bars_of_a_page_share_one_scale():
     assert 0 < places[0] < places[1] < places[5] < places[6] < _marks.WIDTH
     assert places[4] - places[3] == pytest.approx(places[3] - places[2])
     assert [name for _, name in scale.ticks()] == ["−10δ", "−δ", "0", "δ", "10δ"]
+    assert [name for _, name in _marks.Scale([300]).ticks()][1:6] == ["", "", "0", "", ""]
     assert scale.bar(1.0, 0.5, 1.5, None) == ""
     assert scale.bar(None, 0.5, 1.5, 1.0) == ""
 
@@ -616,6 +617,51 @@ def test_it_opens_from_disk_without_network_and_nothing_overflows(chromium, made
             ".map(n => n.getBoundingClientRect().right))"
         )
         assert right <= width
+
+
+@pytest.mark.parametrize("span", [3, 8, 20, 60, 300])
+def test_names_on_an_axis_do_not_touch(chromium, span):
+    tab = chromium.new_page()
+    tab.set_content(f"<style>{_embed.asset('style.css')}</style>{_marks.Scale([span]).axis()}")
+    ends = tab.evaluate(
+        "[...document.querySelectorAll('text')].map(t => t.getBoundingClientRect())"
+        ".filter(b => b.width).flatMap(b => [b.left, b.right])"
+    )
+    assert len(ends) >= 6
+    assert all(b - a > 2 for a, b in zip(ends[1:-1:2], ends[2::2], strict=True))
+    tab.close()
+
+
+def test_a_narrow_interval_shows_its_ends(chromium):
+    """The dot is smaller than what lies between the ends."""
+    scale = _marks.Scale([40.0])
+    for lo, hi in ((1.0, 2.0), (2.0, 2.4), (10.0, 30.0)):
+        bar = scale.bar((lo + hi) / 2, lo, hi, 1.0)
+        ends = [float(x) for x in re.findall(r'class="ci" d="M([\d.]+) 13.0m0', bar)]
+        assert 2 * float(re.search(r' r="([\d.]+)"', bar).group(1)) <= max(ends[1] - ends[0], 4.8)
+
+
+def test_on_a_narrow_screen_filters_are_folded_and_every_part_has_an_axis(chromium, made):
+    fields = ".filter select:visible"
+    with opened(chromium, made, 1280) as tab:
+        assert tab.locator(fields).count() == 5
+        assert not tab.locator(".filters").is_visible()
+        assert tab.locator(".parts .part .axis:visible").count() == 0
+    with opened(chromium, made, 390) as tab:
+        assert tab.get_by_label("Search").is_visible()
+        assert tab.locator(fields).count() == 0
+        more = tab.get_by_role("button", name="Filters and order")
+        more.click()
+        assert tab.locator(fields).count() == 5
+        assert more.get_attribute("aria-expanded") == "true"
+        more.click()
+        assert tab.locator(fields).count() == 0
+        axes = tab.locator("#verdict-act-all .parts .part .axis:visible")
+        assert axes.count() == 2
+        drawn = axes.first.evaluate("n => n.getElementsByTagName('use')[0].getBBox().width")
+        assert drawn > 40
+        tab.goto(made.as_uri() + "#claims&status=refuted")
+        tab.locator("select[name=status]").wait_for()  # what is set is seen
 
 
 def test_with_and_without_differ_by_dash_and_marker_as_well(chromium, made):

@@ -233,7 +233,7 @@ def test_experiments_of_a_long_page_are_folded_but_for_links_and_print(chromium,
         until(tab, "document.getElementById('exp-depth').querySelector('.fold').open")
         assert tab.evaluate(opened_) == [False, False, True, False]
         until(tab, "document.querySelectorAll('[data-drawn]').length === 1")
-        place = "document.getElementById('verdict-of-depth').getBoundingClientRect().top"
+        place = "document.getElementById('exp-depth').getBoundingClientRect().top"
         until(tab, f"Math.abs({place}) < 60")
         for hash in ("exp-order", "fig-grid-accuracy"):
             tab.evaluate(f"location.hash = '{hash}'")
@@ -253,6 +253,45 @@ def test_experiments_of_a_long_page_are_folded_but_for_links_and_print(chromium,
         assert min(tab.evaluate(wide)) > 100
         tab.evaluate("window.dispatchEvent(new Event('afterprint'))")
         assert tab.evaluate(opened_) == [False, True, True, True]
+
+
+@pytest.mark.parametrize("width", [390, 1280])
+@pytest.mark.parametrize("claim_", ["of-depth", "of-depth-too"])
+def test_a_link_shows_the_question_and_back_leads_to_where_it_was(
+    chromium, tmp_path, width, claim_
+):
+    names = ("activations", "order", "depth", "grid")
+    claims = [claim(f"of-{name}", experiment=name) for name in names]
+    claims.append(claim("of-depth-too", experiment="depth"))
+    write_registry(tmp_path / "run", claims)
+    entries = [verdict(entry["id"], experiment=entry["experiment"]) for entry in claims]
+    write_derived(tmp_path / "run", entries, [figure(experiment=name) for name in names])
+    made = page.write([tmp_path / "run"], tmp_path / "report.html")
+    asked = f"Does {claim_} hold?"
+    with opened(chromium, made, width) as tab:
+        link = tab.locator("td.question").get_by_role("link", name=asked)
+        link.scroll_into_view_if_needed()
+        tab.evaluate("scrollBy({ top: 150, behavior: 'instant' })")
+        tab.wait_for_timeout(400)  # written into the address
+        before = tab.evaluate("scrollY")
+        assert before > 100
+        link.focus()
+        link.evaluate("node => node.click()")
+        heading = tab.locator("#exp-depth").get_by_role("heading", name=asked, exact=True)
+        heading.and_(tab.locator(":visible")).wait_for()
+        tab.wait_for_timeout(500)
+        top = "[...document.querySelectorAll('#exp-depth :is(h2, h3)')].filter(n => n.offsetHeight"
+        top += f" && n.textContent === '{asked}').map(n => n.getBoundingClientRect().top)"
+        (at,) = tab.evaluate(top)
+        assert 0 <= at < 120
+        assert f"#verdict-{claim_}" in tab.url
+        after = tab.evaluate("scrollY")
+        tab.evaluate("history.back()")
+        until(tab, f"Math.abs(scrollY - {before}) < 3")
+        tab.wait_for_timeout(500)  # and stays there
+        assert abs(tab.evaluate("scrollY") - before) < 3
+        tab.evaluate("history.forward()")
+        until(tab, f"Math.abs(scrollY - {after}) < 3")
 
 
 def test_no_two_curves_of_a_figure_look_alike(chromium, tmp_path):

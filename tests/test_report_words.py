@@ -9,8 +9,8 @@ import pytest
 
 import gammabeta
 from gammabeta import _runs
-from gammabeta.report import _content, _rules, page
-from gammabeta.studies import _claims, _holds, _judge, _provenance
+from gammabeta.report import _content, _next, _rules, page
+from gammabeta.studies import _claims, _holds, _judge, _provenance, _second
 from gammabeta.studies._experiments import VARIATIONS
 from gammabeta.studies._verdict import Verdict
 from tests.test_report import (
@@ -118,7 +118,7 @@ def test_how_many_false_supported_are_to_be_expected_is_said(tmp_path):
     told = {"expected_false": 1.6, "supported": 17, "how": "An <upper> bound.", "family": {}}
     write_derived(run, [verdict("act-all")], [], multiplicity=told)
     html = text_of([run], tmp_path / "report.html")
-    assert "17 claims are supported, done fairly; at most 1.6 of them" in html
+    assert "Of 17 claims that are supported, done fairly, chance alone explains 1.6 on" in html
     assert "An &lt;upper&gt; bound." in html
     for bad in ([], {}, {**told, "supported": "17"}, {**told, "how": None}):
         write_derived(run, [verdict("act-all")], [], multiplicity=bad)
@@ -276,7 +276,7 @@ def test_the_first_screen_says_what_the_fair_test_overturned_and_how_to_dispute(
     first, false, dispute = re.findall("<li>.*?</li>", asked, re.S)
     assert re.findall('href="#([^"]*)"', first) == ["verdict-act-all", "claims&amp;differ=yes"]
     assert "2 claims</a>" in first
-    assert "17 claims are supported, done fairly; at most 1.6" in false
+    assert "chance alone explains 1.6 on average at most" in false
     assert "To repeat or dispute" in dispute
     items = dict(re.findall(r'<li id="claim-([\w-]+)".*?data-differ="(\w+)"', html))
     assert items == {"act-all": "overturned", "act-late": "yes"}
@@ -284,15 +284,142 @@ def test_the_first_screen_says_what_the_fair_test_overturned_and_how_to_dispute(
     assert card.index('href="#again-activations"') < card.index('id="again-activations"')
 
 
+def test_why_a_rule_was_amended_stands_beside_the_mark(tmp_path):
+    run = tmp_path / "run"
+    claims = registry()[:3]
+    claims[0]["amended"] = "A run <diverged>."
+    claims[2]["amended"] = ["not a text"]
+    write_registry(run, claims)
+    entries = [verdict(entry["id"]) for entry in claims]
+    write_derived(run, entries, [])
+    when = {"act-all": "late", "act-sigmoid-most": "late", "act-late": "early"}
+    write_rules(run, **when)
+    html = without_scripts(text_of([run], tmp_path / "r.html"))
+    cards = [html[html.index(f'id="verdict-{name}"') :][:900] for name in when]
+    assert "A run &lt;diverged&gt;." in cards[0]
+    assert "after the first of its rows was made." in cards[1]
+    assert "not a text" not in html
+    told = page.write([run], tmp_path / "r.md", markdown=True).read_text(encoding="utf-8")
+    assert "Rule amended after data: A run \\<diverged\\>." in told
+
+
+UNDECIDED = {"status": "inconclusive", "published_status": None, "n": 16}
+
+
+@pytest.mark.parametrize(
+    ("name", "fields", "told", "command"),
+    [
+        (
+            "act-late",
+            {"n_needed": 20},
+            "About 20 seeds would decide it: a forecast",
+            "more act-late",
+        ),
+        ("act-late", {"n_needed": 128}, "twice as many fresh ones, once", "more act-late"),
+        ("act-late", {"n_needed": 129}, "ask for 128 at most", ""),
+        ("act-late", {"n_needed": None}, "No number of seeds up to 1000", ""),
+        ("act-late", {"n_needed": 50, "stage": 2}, "there is no third", ""),
+        ("act-all", {"n_needed": 20}, "no second stage", "run act-all --variant fresh-seeds"),
+        ("keep-consistent", {"n_needed": 20}, "by noisy-bn", "run noisy-bn --variant fresh-seeds"),
+        ("act-late", {"n_needed": HOSTILE}, "No number of seeds up to 1000", ""),
+    ],
+)
+def test_an_undecided_claim_says_what_can_be_done(name, fields, told, command, tmp_path):
+    write_registry(tmp_path, [*registry()[:3], claim("keep-consistent")])
+    write_derived(tmp_path, [verdict(name, **UNDECIDED | fields)], [])
+    words, run = _content.gather([tmp_path]).verdicts[0]["todo"]
+    assert told in words
+    assert run.startswith(f"gammabeta study {command}") if command else run == ""
+    asked = fields["n_needed"]
+    sure = f"About {asked} seeds would decide it: a forecast, which holds if mean and spread stay"
+    assert (sure in words) == isinstance(asked, int)
+    html = without_scripts(text_of([tmp_path], tmp_path / "r.html"))
+    card = html[html.index(f'id="verdict-{name}"') :]
+    assert card.index("What can be done:") < card.index("<dt>Fair</dt>")
+    assert (f"<code>{run}</code>" in card) == bool(run)
+
+
+def test_what_can_be_done_is_said_by_the_rule_of_the_studies():
+    """For every claim of the registry: where the page names the command, it runs something."""
+    assert (_next.ASKED, set(_next.BY_HEADLINE)) == (_second.ASKED, set(_second._BY_HEADLINE))
+    for entry in _claims.claims().values():
+        for asked in (None, 5, 128, 129):
+            given = verdict(entry.id, **UNDECIDED, n_needed=asked, experiment="activations")
+            one = Verdict(**given | {"cells": [], "ci": None})
+            told = {"exact": False, "second": False, "text": entry._asdict()}
+            words = _next.steps(one.to_json() | told)
+            assert words is not None
+            assert words[1].startswith("gammabeta study more") == (_second.asked(one) is not None)
+
+
+@pytest.mark.parametrize("status", ["refuted", "supported", "mixed", "exact", "fails", "demo"])
+def test_a_decided_claim_has_nothing_left_to_do(status, tmp_path):
+    write_registry(tmp_path, registry()[:1])
+    write_derived(tmp_path, [verdict("act-all", status=status, n_needed=20)], [])
+    assert "What can be done" not in text_of([tmp_path], tmp_path / "r.html")
+
+
+@pytest.mark.parametrize(
+    ("varied", "told"),
+    [
+        ({"act-all": {"fresh-seeds": "supported"}}, "that gave: supported, which does not replace"),
+        ({"act-all": {"fresh-seeds": "inconclusive"}}, "that gave: also inconclusive."),
+        ({"act-all": {"width-half": "supported"}}, "as a variation."),
+        ({"act-all": {"fresh-seeds": ["supported"]}}, "as a variation."),
+        (HOSTILE, "as a variation."),
+        (None, "as a variation."),
+    ],
+)
+def test_what_fresh_seeds_gave_is_said_of_an_undecided_headline_claim(varied, told, tmp_path):
+    write_registry(tmp_path, registry()[:1])
+    write_derived(tmp_path, [verdict("act-all", **UNDECIDED)], [], varied=varied)
+    assert told in _content.gather([tmp_path]).verdicts[0]["todo"][0]
+
+
+def test_a_control_that_the_sign_flip_test_decides_does_not_seem_to_contradict(tmp_path):
+    by_sign = "above 0 by the exact sign-flip test, and at least 0.3 on average"
+    wide = "the interval is too wide"
+    rows = [
+        ("control", "BN − none", 11.3, 6e-5, "supported", by_sign),
+        ("fair", "noisy BN − none", 11.2, 2e-4, "inconclusive", wide),
+        ("fair", "log drift", -1.42, 0.5, "inconclusive", wide),
+    ]
+    cells = [
+        {"part": part, "name": name, "effect": at, "lo": at - 15, "hi": at + 15, "n": 16}
+        | {"p_signflip": p, "status": status, "reason": reason}
+        for part, name, at, p, status, reason in rows
+    ]
+    said = "Undecided: on MNIST, the cell nearest to its limit is log drift (−1.42). Open: all."
+    entry = verdict("act-all", **UNDECIDED, cells=cells, effect=11.2, ci=[-4.2, 26.6])
+    run = tmp_path / "run"
+    write_registry(run, registry()[:1])
+    write_derived(run, [entry | {"sentence": said}], [])
+    found = _content.gather([run]).verdicts[0]
+    parts = [cell["reason"] for part in found["parts"].values() for cell in part]
+    assert parts[0] == f"{by_sign}: a control may be decided so, and this one was"
+    assert parts[1] == f"{wide}; here the interval decides, not the sign-flip test"
+    assert parts[2] == wide
+    row = first_row(text_of([run], tmp_path / "r.html"))
+    assert "nearest to its limit is log drift" in row
+    assert re.search(r"nearest to its limit:</span> <b[^>]*>−1\.42</b>", row)
+    assert "[−16.4, +13.6]" in row
+    write_derived(run, [entry], [])
+    assert "nearest to its limit" not in first_row(text_of([run], tmp_path / "r.html"))
+
+
 @pytest.mark.parametrize("stage", [None, 1, True, HOSTILE, 2])
 def test_a_second_stage_is_marked_wherever_its_verdict_stands(stage, tmp_path):
     run = tmp_path / "run"
     write_registry(run, registry()[:1])
-    write_derived(run, [verdict("act-all") | ({} if stage is None else {"stage": stage})], [])
+    notes = ["Second stage: 18 fresh seeds. The first, of 8, was undecided.", "Rates: 1."]
+    entry = verdict("act-all", notes=notes) | ({} if stage is None else {"stage": stage})
+    write_derived(run, [entry], [])
     html = without_scripts(text_of([run], tmp_path / "r.html"))
     card = html[html.index('id="verdict-act-all"') :]
     parts = [first_row(html), html[html.index('id="claim-act-all"') :].split("</li>")[0], card]
     assert ["second stage</span>" in part for part in parts] == [stage == 2] * 3
+    told = [part.count("18 fresh seeds. The first, of 8, was undecided.") for part in parts]
+    assert told == ([0, 1, 1] if stage == 2 else [0, 0, 1])
     assert ('data-marks="second"' in parts[1]) == (stage == 2)
     assert ('href="#claims&amp;mark=second">1</a>' in html) == (stage == 2)
     words = html[html.index('<details class="key"') :].split("</details>")[0]

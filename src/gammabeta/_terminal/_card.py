@@ -53,6 +53,10 @@ def explain(card: Card, protocol: bool = False) -> None:
     if verdict is not None:
         section("Answer")
         console.print(Padding(Text(verdict.sentence), (0, 0, 0, 2)))
+        if told := _todo(verdict):
+            section("What can be done")
+            for text in told:
+                console.print(Padding(Text(text), (0, 0, 0, 2)))
         section("Verdicts")
         show(
             ("as published", mark(verdict.published_status)),
@@ -82,6 +86,8 @@ def explain(card: Card, protocol: bool = False) -> None:
     section("Rule")
     thresholds = ", ".join(f"{key} = {value:g}" for key, value in claim.thresholds.items())
     show(("rule", claim.rule), ("thresholds", thresholds), ("fixed", _fixed(card.rule)))
+    if card.rule is not None and card.rule.amended:
+        show(("why", claim.amended))
     if card.protocol:
         section(f"Protocol of the experiment {claim.experiment}")
         text = card.protocol if protocol else card.about
@@ -94,6 +100,29 @@ def explain(card: Card, protocol: bool = False) -> None:
         if command:
             section(name)
             console.print(f"  {command}", soft_wrap=True)  # one line, to be copied
+
+
+def _todo(verdict: Verdict) -> list[str]:
+    """What a reader can do about an undecided verdict, and how far its forecast can be trusted."""
+    if verdict.status != "inconclusive":
+        return []
+    from gammabeta.studies import _second
+
+    if verdict.stage > 1:
+        told = ["It has had its second stage, and there is no third: it stays undecided here."]
+    elif reason := _second.reason_against(verdict):
+        told = [reason]
+    else:
+        told = [
+            "A second stage runs twice as many fresh seeds as it asks for, and judges these alone:",
+            f"gammabeta study more {verdict.claim}",
+        ]
+    if verdict.n_needed is not None:
+        told.append(
+            f"That about {verdict.n_needed} seeds would decide it is a forecast: it holds if mean "
+            f"and spread stay as they are in these {verdict.n}."
+        )
+    return told
 
 
 def _fixed(rule: Rule | None) -> str:

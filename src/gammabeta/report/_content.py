@@ -24,6 +24,7 @@ from gammabeta._runs import (
     read_figures,
     read_verdicts,
 )
+from gammabeta.report import _next
 from gammabeta.report._compare import Comparison, compared
 from gammabeta.report._marks import STATUSES, Scale, is_number, number
 from gammabeta.report._records import Recording, recording
@@ -53,6 +54,7 @@ _HELD = re.compile(
 )
 _ASIDE = re.compile(r"\s*\([^()]*\)")
 _SHORT = 220  # letters of an answer beside others
+_NEAREST = "nearest to its limit is "  # and then the name of a part
 _TIMES = re.compile(r"(?<=\d) x (?=\d)")
 _UNTOLD = {  # letter -> what stands behind it where no variations are told
     "A": "an identity or a proof",
@@ -217,7 +219,10 @@ def _gather_runs(
                 f"gammabeta study judge {shlex.quote(name)} makes it."
             )
         else:
-            new = [{**verdict, "run": name} for verdict in derived["verdicts"]]
+            new = [
+                {**verdict, "run": name, "fresh": _fresh(derived, verdict["claim"])}
+                for verdict in derived["verdicts"]
+            ]
             each.append((name, new))
             page.expected += _expected(derived, home, name if len(paths) > 1 else "")
             same = ("claim", "data", "budget", "status", "effect", "n")
@@ -289,6 +294,14 @@ def _protocols(derived: Mapping[str, Any], path: Path) -> dict[str, str]:
     return dict(value)
 
 
+def _fresh(derived: Mapping[str, Any], claim: str) -> str | None:
+    """The status of a claim in the variation with fresh seeds, where the run tells it."""
+    found = derived.get("varied")
+    own = found.get(claim) if isinstance(found, dict) else None
+    status = own.get("fresh-seeds") if isinstance(own, dict) else None
+    return status if isinstance(status, str) else None
+
+
 def _expected(derived: Mapping[str, Any], path: Path, run: str) -> list[tuple[str, str]]:
     """How many of the supported claims are so by chance, at most, and how that was counted."""
     found = derived.get("multiplicity")
@@ -302,9 +315,8 @@ def _expected(derived: Mapping[str, Any], path: Path, run: str) -> list[tuple[st
             "Judge the run again: gammabeta study judge."
         )
     told = (
-        f"{number(found['supported'])} claims are supported, done fairly; at most "
-        f"{number(found['expected_false'])} of them are to be expected by chance, were no claim "
-        "true."
+        f"Of {number(found['supported'])} claims that are supported, done fairly, chance alone "
+        f"explains {number(found['expected_false'])} on average at most."
     )
     return [(f"{run}: {told}" if run else told, found["how"])]
 
@@ -314,6 +326,8 @@ def _complete(page: Content, verdicts: Sequence[Verdict]) -> None:
     known = {claim["id"]: claim for claim in page.claims}
     for claim in page.claims:
         claim["when"] = page.rules.get(claim["id"], "")
+        why = claim.get("amended")  # the registry's words, where it has them
+        claim["why"] = why if isinstance(why, str) else ""
         claim["amended"] = claim["when"] == AMENDED
     place = {claim: number for number, claim in enumerate(known)}
     judged: dict[str, list[Verdict]] = {}
@@ -334,6 +348,9 @@ def _complete(page: Content, verdicts: Sequence[Verdict]) -> None:
         verdict["certainty"] = _certainty(verdict, held)
         verdict["held"] = held.each if held else []
         verdict["ratio"] = _ratio(verdict, verdict["effect"])
+        verdict["nearest"] = _nearest(verdict)
+        verdict["todo"] = _next.steps(verdict)
+        verdict["first_stage"] = _next.first_stage(verdict)
         deciding = [cell for cells in verdict["parts"].values() for cell in cells]
         verdict["scale"] = Scale(_ratios(verdict, [c for c in deciding if c["reason"] != "shown"]))
     for number_, verdict in enumerate(page.verdicts):
@@ -371,6 +388,17 @@ def _at(verdict: Verdict) -> str:
     fair = fair or [cell for cell in known if cell.get("part") == known[0].get("part")]
     same = (cell["name"] for cell in fair if cell["effect"] == verdict["effect"])
     return str(next(same, "")) if len(fair) > 1 else ""
+
+
+def _nearest(verdict: Verdict) -> dict[str, Any] | None:
+    """The part that the short answer names as nearest to its limit, if it is not the effect's."""
+    named = verdict["sentence"].partition(_NEAREST)[2]
+    for cell in verdict["cells"]:
+        fits = named.startswith(f"{cell['name']} (") and cell.get("reason") != "shown"
+        fits = fits and str(cell["name"]) in verdict["short"]
+        if fits and is_number(cell.get("effect")) and cell["effect"] != verdict["effect"]:
+            return {key: cell.get(key) for key in ("name", "effect", "lo", "hi")}
+    return None
 
 
 def _short(verdict: Verdict) -> str:
@@ -459,13 +487,26 @@ def _parts(cells: list[dict[str, Any]]) -> tuple[Parts, Parts]:
     """The outcomes of a verdict under the headings they carry; of many, first what decides."""
     found: Parts = {}
     keys = ("name", "status", "effect", "lo", "hi", "n", "p_signflip", "reason")
+    by_sign = any(_by_sign(cell) for cell in cells)
     for cell in cells:
         known = {key: cell.get(key) for key in keys}
+        p = cell.get("p_signflip")
+        if _by_sign(cell):
+            known["reason"] = f"{cell['reason']}: a control may be decided so, and this one was"
+        elif by_sign and cell["status"] == "inconclusive" and is_number(p) and float(str(p)) < 0.05:
+            known["reason"] = f"{cell['reason']}; here the interval decides, not the sign-flip test"
         found.setdefault(str(cell.get("part") or ""), []).append(known)
     if len(cells) <= _MANY_PARTS:
         return found, {}
     first = {part: found[part] for part in found if part.startswith(_DECIDING)}
     return first, {part: found[part] for part in found if part not in first}
+
+
+def _by_sign(cell: Mapping[str, Any]) -> bool:
+    """Whether a control is supported though its interval is not above 0."""
+    return cell.get("part") == "control" and "by the exact sign-flip test" in str(
+        cell.get("reason")
+    )
 
 
 def _unknown(verdict: Verdict) -> Claim:
@@ -474,7 +515,7 @@ def _unknown(verdict: Verdict) -> Claim:
     same = {"id": verdict["claim"], "title": verdict["claim"], "question": verdict["claim"]}
     more = {"reported": verdict["reported"], "origin": "beyond", "kind": "statistical"}
     rest = {"experiment": verdict["experiment"], "headline": False, "thresholds": {}}
-    rest |= {"when": "", "amended": False, "second": False}
+    rest |= {"when": "", "why": "", "amended": False, "second": False}
     if verdict["status"] in ("exact", "fails"):
         more["kind"] = "exact"
     return {**texts, **same, **more, **rest}

@@ -101,6 +101,11 @@ def _section(section: Section) -> list[str]:
         if verdict["text"]["question"] != section.question:
             lines.append(f"### {_plain(verdict['text']['question'])}")
         lines.append(f"**{_plain(verdict['sentence'])}**")
+        if verdict["todo"]:
+            told, command = verdict["todo"]
+            lines.append(f"What can be done: {_plain(told)}{f' `{command}`' if command else ''}")
+        if verdict["text"]["amended"] and verdict["text"]["why"]:
+            lines.append(f"Rule amended after data: {_plain(verdict['text']['why'])}")
         known = [("The source reports", verdict["reported"]), ("Rule", verdict["text"]["rule"])]
         known.append(("Caveats", verdict["text"]["caveats"]))
         known.append(("Variations", verdict["variations"]))

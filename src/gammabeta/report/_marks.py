@@ -8,6 +8,7 @@ from markupsafe import Markup
 WIDTH = 210  # of a bar, in CSS pixels
 HEIGHT = 26
 _EDGE = 8  # room at both ends, where an arrow says that the interval goes on
+_NARROW = 16  # an interval that a dot of 4 pixels would all but cover
 _MINUS = "\N{MINUS SIGN}"
 
 # status -> the word on the page, and what it means
@@ -72,18 +73,18 @@ WORDS = {
 }
 
 # One shape per status, drawn in a box of 16 by 16, so that color is never the only cue.
-_RING = '<circle class="o" cx="8" cy="8" r="6.2"/>'
+_RING = '<circle class="mo" cx="8" cy="8" r="6.2"/>'
 _SHAPES = {
-    "supported": '<circle class="f" cx="8" cy="8" r="7"/>'
-    '<path class="i" d="M4.6 8.3 7 10.7l4.5-5"/>',
-    "refuted": '<rect class="f" x="1.5" y="1.5" width="13" height="13" rx="2"/>'
-    '<path class="i" d="m5 5 6 6m0-6-6 6"/>',
-    "mixed": _RING + '<path class="f" d="M8 1.8a6.2 6.2 0 0 1 0 12.4z"/>',
-    "inconclusive": '<circle class="o d" cx="8" cy="8" r="6.2"/>',
-    "exact": _RING + '<path class="o" d="M5.2 6.6h5.6M5.2 9.4h5.6"/>',
-    "fails": '<path class="o" d="M8 1.8 14.6 14H1.4z"/><path class="o" d="M8 6v3.6M8 11.3v1"/>',
-    "demo": '<path class="o" d="m8 1.5 6.5 6.5L8 14.5 1.5 8z"/>',
-    "none": '<path class="o" d="M4 8h8"/>',
+    "supported": '<circle class="mf" cx="8" cy="8" r="7"/>'
+    '<path class="mi" d="M4.6 8.3 7 10.7l4.5-5"/>',
+    "refuted": '<rect class="mf" x="1.5" y="1.5" width="13" height="13" rx="2"/>'
+    '<path class="mi" d="m5 5 6 6m0-6-6 6"/>',
+    "mixed": _RING + '<path class="mf" d="M8 1.8a6.2 6.2 0 0 1 0 12.4z"/>',
+    "inconclusive": '<circle class="mo md" cx="8" cy="8" r="6.2"/>',
+    "exact": _RING + '<path class="mo" d="M5.2 6.6h5.6M5.2 9.4h5.6"/>',
+    "fails": '<path class="mo" d="M8 1.8 14.6 14H1.4z"/><path class="mo" d="M8 6v3.6M8 11.3v1"/>',
+    "demo": '<path class="mo" d="m8 1.5 6.5 6.5L8 14.5 1.5 8z"/>',
+    "none": '<path class="mo" d="M4 8h8"/>',
 }
 
 
@@ -118,9 +119,19 @@ def status_mark(status: str | None) -> Markup:
     """The status as shape and word; None means that there is no run."""
     key = status if status in STATUSES else "none"
     return Markup(
-        '<span class="status s-{}"><svg viewBox="0 0 16 16" width="16" height="16" '
-        'aria-hidden="true">{}</svg>{}</span>'
-    ).format(key, Markup(_SHAPES[str(key)]), STATUSES[str(key)][0])
+        '<span class="status s-{}"><svg width="16" height="16" aria-hidden="true">'
+        '<use href="#m-{}"/></svg>{}</span>'
+    ).format(key, key, STATUSES[str(key)][0])
+
+
+def shapes() -> Markup:
+    """The shapes that `status_mark` refers to: once in a page."""
+    return Markup('<svg width="0" height="0" class="shapes" aria-hidden="true">{}</svg>').format(
+        Markup("").join(
+            Markup('<symbol id="m-{}" viewBox="0 0 16 16">{}</symbol>').format(key, Markup(shape))
+            for key, shape in _SHAPES.items()
+        )
+    )
 
 
 def certainty_mark(certainty: tuple[str, str]) -> Markup:
@@ -129,6 +140,11 @@ def certainty_mark(certainty: tuple[str, str]) -> Markup:
     return Markup('<span class="certainty"><b class="grade g-{}">{}</b> · {}</span>').format(
         letter.lower(), letter, words
     )
+
+
+def _room(name: str) -> int:
+    """Pixels that a name on the axis takes, as much on the left of 0 as on the right."""
+    return 7 * (len(name.removeprefix(_MINUS)) + (name != "0")) + 5
 
 
 class Scale:
@@ -154,21 +170,25 @@ class Scale:
         named = [(float(step), "δ" if step == 1 else f"{step}δ") for step in steps]
         left = [(-step, _MINUS + name) for step, name in reversed(named)]
         marks = [(self.at(step), name) for step, name in [*left, (0.0, "0"), *named]]
-        # 0 and the outer ones stand; a name that would touch its neighbor is left out.
-        room = [28 if len(name) > 2 else 16 for _, name in marks]
-        near = abs(marks[len(marks) // 2 - 1][0] - WIDTH / 2) < room[len(marks) // 2 - 1]
-        return [(at, "" if near and name.strip(_MINUS) == "δ" else name) for at, name in marks]
+        # 0 stands, then the outer ones inwards; a name that would touch another is left out.
+        found: dict[float, str] = {}
+        for at, name in sorted(marks, key=lambda mark: (mark[1] != "0", -abs(mark[0] - WIDTH / 2))):
+            if all(abs(at - x) > (_room(name) + _room(other)) / 2 for x, other in found.items()):
+                found[at] = name
+        return [(at, found.get(at, "")) for at, _ in marks]
 
-    def axis(self) -> Markup:
-        """The axis alone, for the head of a column of bars."""
-        marks = [
-            Markup('<text x="{:.1f}" y="11">{}</text><path d="M{:.1f} 15v5"/>').format(x, name, x)
-            for x, name in self.ticks()
-        ]
+    def axis(self, name: str = "") -> Markup:
+        """The axis alone, for the head of a column of bars; under a name it can be used again."""
+        ticks = self.ticks()
+        marks = [Markup('<text x="{:.1f}" y="11">{}</text>').format(*tick) for tick in ticks]
+        path = "".join(f"M{x:.1f} 15v5" for x, _ in ticks)
+        marks.append(Markup('<path stroke="currentColor" d="{}"/>').format(path))
         return Markup(
             '<svg class="bar axis" viewBox="0 0 {} 20" width="{}" height="20" '
-            'aria-hidden="true">{}</svg>'
-        ).format(WIDTH, WIDTH, Markup("").join(marks))
+            'aria-hidden="true"><g{}>{}</g></svg>'
+        ).format(
+            WIDTH, WIDTH, Markup(' id="{}"').format(name) if name else "", Markup("").join(marks)
+        )
 
     def bar(self, effect: Any, lo: Any, hi: Any, delta: Any) -> Markup:
         """Effect and interval beside the band of effects too small to matter.
@@ -186,20 +206,23 @@ class Scale:
             Markup('<path class="zero" d="M{:.1f} 0v{}"/>').format(WIDTH / 2, HEIGHT),
         ]
         label = f"effect {number(effect, sign=True)}"
+        narrow = False
         if is_number(lo) and is_number(hi):
             a, b = self.at(lo / delta), self.at(hi / delta)
+            narrow = b - a < _NARROW
             parts.append(Markup('<path class="ci" d="M{:.1f} {}H{:.1f}"/>').format(a, middle, b))
             for end, ratio in ((a, lo / delta), (b, hi / delta)):
                 beyond = abs(ratio) > self.span
                 side = int(math.copysign(5, ratio))
-                form = f"m{-side} -5 {side} 5 {-side} 5" if beyond else "m0 -7v14"
+                form = f"m{-side} -5 {side} 5 {-side} 5" if beyond else "m0 -8v16"
                 parts.append(
                     Markup('<path class="ci" d="M{:.1f} {}{}"/>').format(end, middle, form)
                 )
             label += f", interval {number(lo, sign=True)} to {number(hi, sign=True)}"
+        # A full dot would hide a narrow interval.
         parts.append(
-            Markup('<circle class="dot" cx="{:.1f}" cy="{}" r="4"/>').format(
-                self.at(effect / delta), middle
+            Markup('<circle class="dot{}" cx="{:.1f}" cy="{}" r="{}"/>').format(
+                " thin" if narrow else "", self.at(effect / delta), middle, 2.4 if narrow else 4
             )
         )
         label += f", smallest effect that matters {number(delta)}"

@@ -220,8 +220,8 @@ def _by_layer(quantity: str, kind: str, series: dict[str, Series]) -> dict[str, 
         "matrix": ["Rows by columns"],
     }[kind]
     said = {
-        "layers": "Left: each line is a layer. Right: all layers, in order of the forward pass, "
-        "at the step of the slider; faint, at the first step.",
+        "layers": "Over the steps: each line is a layer. Over the depth: all layers, in order of "
+        "the forward pass, at the step of the slider; faint, at the first step.",
         "spectrum": "Each line is a layer at the step of the slider; faint, at the first step.",
         "matrix": "At the step of the slider.",
     }[kind]

@@ -21,6 +21,14 @@ const claimList = (tools) => {
     return [...known, ...items.filter((item) => item.effect === null)];
   }
 
+  // On a narrow screen all but the search is folded.
+  const more = filter.querySelector(".filters");
+  function unfold(open) {
+    filter.classList.toggle("open", open);
+    more.setAttribute("aria-expanded", String(open));
+  }
+  more.addEventListener("click", () => unfold(!filter.classList.contains("open")));
+
   let shownOrder = "";
   function apply() {
     const words = field("text").value.toLowerCase().split(/\s+/).filter(Boolean);
@@ -46,6 +54,7 @@ const claimList = (tools) => {
       node.value = view.get(name) ?? "";
       if (node.selectedIndex === -1) node.value = ""; // not one of its choices
     }
+    if (FIELDS.slice(1).some((name) => field(name).value)) unfold(true); // what is set is seen
     apply();
   }
 

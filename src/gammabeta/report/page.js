@@ -190,6 +190,13 @@
     foldable.forEach((node, at) => { node.open = turned.has(at) ? !isOpen[at] : isOpen[at]; });
   }
 
+  // What is near is drawn first: it changes its height, and the place would move away.
+  function drawNear(target) {
+    const at = target.getBoundingClientRect().top;
+    const beside = (node) => Math.abs(node.getBoundingClientRect().top - at) < 1800;
+    figures.filter((node) => !node.dataset.drawn && !folded(node) && beside(node)).forEach(draw);
+  }
+
   function reveal() {
     const target = view.anchor && document.getElementById(view.anchor);
     if (!target) return;
@@ -199,15 +206,50 @@
     for (let node = target.closest("details"); node; node = node.parentElement.closest("details")) {
       node.open = true;
     }
-    // What is near is drawn first: it changes its height, and the place would move away.
-    const top = (node) => node.getBoundingClientRect().top;
-    figures.filter((node) => !node.dataset.drawn && !folded(node) && Math.abs(top(node) - top(target)) < 1800).forEach(draw);
-    target.scrollIntoView({ behavior: "instant" });
+    drawNear(target);
+    headed(target).scrollIntoView({ behavior: "instant" });
   }
-  window.addEventListener("hashchange", () => {
+  // The question of a card that is the first of its experiment stands as the experiment's title.
+  const headed = (node) =>
+    (node.querySelector(":scope > h3.repeat") ? node.closest(".experiment") : node);
+  const top = (node) => headed(node).getBoundingClientRect().top;
+  const passed = () => landmarks.filter((node) => !folded(node) && top(node) < 90).at(-1);
+
+  // The way back leads to where the reader was: so far below what stood at the top.
+  const here = () => {
+    const node = passed();
+    return { y: scrollY, ...(node ? { id: node.id, top: top(node) } : {}) };
+  };
+  function goBack({ y, id, top: was }) {
+    const node = id && document.getElementById(id);
+    for (let fold = node?.closest("details"); fold; fold = fold.parentElement.closest("details")) {
+      fold.open = true;
+    }
+    window.scrollTo({ top: y, behavior: "instant" });
+    if (!node) return;
+    drawNear(node);
+    window.scrollBy({ top: top(node) - was, behavior: "instant" });
+  }
+  history.scrollRestoration = "manual";
+  document.addEventListener("click", (event) => {
+    if (event.target.closest?.("a[href^='#']")) view.stay(here());
+  }, true);
+
+  function arrive() {
     view.followed();
     if (location.hash.includes("=")) restore();
-    reveal();
+    goThere();
+  }
+  const goThere = () => (view.place ? goBack(view.place) : reveal());
+  let arrived = "";
+  window.addEventListener("popstate", (event) => {
+    if (!event.state?.place) return; // a link, of which `hashchange` will tell
+    arrive();
+    arrived = location.href; // two entries may have one address: then there is no hashchange
+    setTimeout(() => { arrived = ""; }, 50);
+  });
+  window.addEventListener("hashchange", () => {
+    if (arrived !== location.href) arrive();
   });
 
   function restore() {
@@ -225,15 +267,18 @@
   window.addEventListener("scroll", () => {
     clearTimeout(scrolled);
     scrolled = setTimeout(() => {
-      if (scrollY < 40) { view.moved(""); return; }
-      const passed = landmarks.filter((node) => !folded(node) && node.getBoundingClientRect().top < 90);
-      view.moved(passed.at(-1)?.id ?? "");
+      view.moved(scrollY < 40 ? "" : (passed()?.id ?? ""));
+      view.stay(here());
     }, 200);
   }, { passive: true });
 
   if (location.hash) {
     restoreOpen();
-    reveal();
+    goThere();
+    // Once all is loaded the browser goes to the anchor by itself.
+    window.addEventListener("load", () => setTimeout(goThere, 0));
+  } else if (view.place) {
+    goBack(view.place);
   }
 
   // --- printing ----------------------------------------------------------------------------

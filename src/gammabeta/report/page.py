@@ -121,6 +121,7 @@ def _render(content: _content.Content) -> str:
         "statuses": _marks.STATUSES,
         "number": _marks.number,
         "status_mark": _marks.status_mark,
+        "shapes": _marks.shapes(),
         "few_open": _FEW_OPEN,
         "chose": _content.CHOSE,
         "certainties": _marks.CERTAINTY,

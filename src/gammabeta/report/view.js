@@ -6,6 +6,7 @@ const viewOf = (location_, history_) => {
   let anchor = "";
   let timer = 0;
   let known = location_.hash;
+  let place = history_.state?.place ?? null;
 
   function read() {
     values.clear();
@@ -30,7 +31,7 @@ const viewOf = (location_, history_) => {
     timer = setTimeout(() => {
       if (location_.hash !== known) return; // a link was followed, of which `followed` will hear
       const parts = [...values].map((pair) => pair.map(encodeURIComponent).join("="));
-      history_.replaceState(null, "", "#" + [encodeURIComponent(anchor), ...parts].join("&"));
+      history_.replaceState({ place }, "", "#" + [encodeURIComponent(anchor), ...parts].join("&"));
       known = location_.hash;
     }, 120); // browsers allow only so many changes of the address in a second
   }
@@ -45,6 +46,12 @@ const viewOf = (location_, history_) => {
       write();
     },
     get anchor() { return anchor; },
+    // How far the page was scrolled: kept with the entry of the history, for the way back.
+    get place() { return place; },
+    stay(at) {
+      place = at;
+      if (location_.hash === known) history_.replaceState({ place }, "");
+    },
     moved(name) {
       if (name === anchor) return;
       anchor = name;
@@ -53,6 +60,7 @@ const viewOf = (location_, history_) => {
     // A link on the page was followed: its anchor is new, the rest of the view stays.
     followed() {
       known = location_.hash;
+      place = history_.state?.place ?? null;
       const hash = known.slice(1);
       if (hash.includes("=")) read();
       else anchor = decode(hash);

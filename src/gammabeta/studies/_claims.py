@@ -45,7 +45,8 @@ _CHOICES = {"origin": ("text", "beyond"), "kind": ("statistical", "exact"), "top
 class Claim(NamedTuple):
     """One claim about batch normalization; the comment on top of claims.toml explains the fields.
 
-    `reported` and `caveats` are "" and `experiment` is None where the registry has nothing.
+    `reported`, `caveats` and `amended` are "" and `experiment` is None where the registry has
+    nothing.
     """
 
     id: str
@@ -61,6 +62,7 @@ class Claim(NamedTuple):
     experiment: str | None = None
     headline: bool = False
     thresholds: Mapping[str, float] = {}
+    amended: str = ""
 
 
 def claims() -> dict[str, Claim]:
