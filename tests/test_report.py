@@ -771,6 +771,29 @@ def test_nothing_of_a_hostile_run_folder_runs(chromium, tmp_path):
         assert tab.evaluate("document.documentElement.scrollWidth") <= 390
 
 
+def test_many_figures_are_packed_and_drawn_all_the_same(chromium, whole, tmp_path, monkeypatch):
+    monkeypatch.setattr(page, "_PLAIN", 1000)
+    made = page.write([whole], tmp_path / "report.html")
+    html = made.read_text(encoding="utf-8")
+    assert 'id="figures"' not in html
+    assert '"panels":' not in html
+    with opened(chromium, made) as tab:
+        draw_all(tab)
+        assert tab.locator(".plot .main-svg").count() >= 5
+        table = tab.locator("details[data-figure-table]")
+        table.locator("summary").click()
+        table.locator("tbody tr").first.wait_for()
+    with opened(chromium, made) as tab:
+        tab.evaluate("location.hash = 'fig-activations-accuracy'")
+        tab.locator("[data-drawn]").wait_for()
+    context = chromium.new_context()
+    tab = context.new_page()
+    tab.add_init_script("delete window.DecompressionStream")
+    tab.goto(made.as_uri() + "#fig-activations-accuracy")
+    tab.get_by_text("This browser cannot unpack the numbers").wait_for()
+    context.close()
+
+
 def test_the_policy_stops_a_script_that_slipped_in(chromium, made, tmp_path):
     """The second lock: were the escaping ever wrong, the browser would still refuse."""
     html = made.read_text(encoding="utf-8")

@@ -212,6 +212,17 @@ def test_an_experiment_names_its_code_and_a_line_to_cite(tmp_path):
     assert "studies/of_a_stranger" not in text_of([run], tmp_path / "report.html")
 
 
+def test_a_command_says_what_it_took_where_every_cell_does(tmp_path):
+    for seed, seconds in enumerate((90, 120)):
+        _runs.write_cell(tmp_path, spec({}, seed) | {"cpu_seconds": seconds}, [{"step": 1}], "")
+    assert _content.gather([tmp_path]).sections[0].took == [
+        "Took 3.5 CPU minutes, all cells together."
+    ]
+    assert "Took 3.5 CPU minutes" in text_of([tmp_path], tmp_path / "r.html")
+    _runs.write_cell(tmp_path, spec({}, 2), [{"step": 1}], "")
+    assert _content.gather([tmp_path]).sections[0].took == [""]
+
+
 def test_the_page_calls_surprising_what_the_studies_do(tmp_path):
     names = [entry["id"] for entry in registry()[:3]]
     entries = [

@@ -120,7 +120,7 @@ def _todo(verdict: Verdict) -> list[str]:
     if verdict.n_needed is not None:
         told.append(
             f"That about {verdict.n_needed} seeds would decide it is a forecast: it holds if mean "
-            f"and spread stay as they are in these {verdict.n}."
+            "and spread stay as they were in the seeds that were judged."
         )
     return told
 

@@ -84,6 +84,7 @@ class Section:
     cells: list[StoredCell]
     failed: list[dict[str, Any]]
     reproduce: list[str]
+    took: list[str]  # of each of these commands
     dispute: list[tuple[str, str]]
     code: list[tuple[str, list[str]]]
     cite: str
@@ -590,6 +591,7 @@ def _sections(
                 cells=by_cell.get(name, []),
                 failed=[_failure(item) for item in broken],
                 reproduce=_reproduce(name, specs),
+                took=_took(specs),
                 dispute=_dispute(page, verdicts),
                 code=_code(name),
                 cite=_cite(name, specs),
@@ -640,6 +642,18 @@ def _reproduce(name: str, specs: list[dict[str, Any]]) -> list[str]:
         f"gammabeta study run {name} --{'variant' if budget in VARIANTS else 'budget'} {budget} "
         f"--data {data} --out runs/{name}"
         for budget, data in made
+    ]
+
+
+def _took(specs: list[dict[str, Any]]) -> list[str]:
+    """What the cells of each command took, where all of them tell it; kept rows do not."""
+    seconds: dict[tuple[str, str], list[float]] = {}
+    for spec in specs:
+        own = seconds.setdefault((spec["budget"], spec["data"]["name"]), [])
+        own.append(float(spec.get("cpu_seconds", 0)))
+    return [
+        f"Took {number(sum(own) / 60)} CPU minutes, all cells together." if all(own) else ""
+        for own in seconds.values()
     ]
 
 

@@ -28,7 +28,7 @@ def steps(verdict: Mapping[str, Any]) -> Steps | None:
     if asked is not None:
         forecast = (
             f"About {number(asked)} seeds would decide it: a forecast, which holds if mean and "
-            f"spread stay as they are in these {number(verdict['n'])}; neither is known exactly."
+            "spread stay as they were in the seeds that were judged; neither is known exactly."
         )
     if verdict["second"]:
         told = "It has had its second stage, and there is no third: it stays undecided here."

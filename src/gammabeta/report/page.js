@@ -1,6 +1,6 @@
 // The page's behavior. Texts from run folders reach the document only as text (textContent,
 // setAttribute), never as markup; what goes to Plotly, which reads tags, is escaped first.
-(function () {
+(async function () {
   "use strict";
   const root = document.documentElement;
   const all = (selector, base = document) => Array.from(base.querySelectorAll(selector));
@@ -10,7 +10,8 @@
     node.append(...children);
     return node;
   };
-  const FIGURES = JSON.parse(document.getElementById("figures").textContent);
+  let noFigures = "There is nothing to draw here.";
+  const FIGURES = await figuresOfPage();
   const view = viewOf(location, history);
 
   // --- numbers ---------------------------------------------------------------------------
@@ -72,9 +73,20 @@
     host.append(make("div", { class: "tools" }, csv, count), make("div", region, table), more);
   }
 
+  async function figuresOfPage() {
+    const plain = document.getElementById("figures");
+    if (plain) return JSON.parse(plain.textContent);
+    try {
+      return await unpack("figures-packed");
+    } catch (error) {
+      noFigures = error.message;
+      return [];
+    }
+  }
+
   async function unpack(id) {
     if (typeof DecompressionStream === "undefined") {
-      throw new Error("This browser cannot unpack the rows; one made after 2023 can.");
+      throw new Error("This browser cannot unpack the numbers; one made after 2023 can.");
     }
     const packed = atob(document.getElementById(id).textContent.trim());
     const bytes = Uint8Array.from(packed, (char) => char.charCodeAt(0));
@@ -121,9 +133,9 @@
   function draw(figureNode) {
     const figure = FIGURES[figureNode.dataset.figure];
     const host = figureNode.querySelector(".panels");
-    const drawer = Object.hasOwn(DRAW, figure.kind) ? DRAW[figure.kind] : null;
+    const drawer = figure && Object.hasOwn(DRAW, figure.kind) ? DRAW[figure.kind] : null;
     if (!drawer || !figure.panels.length) {
-      host.replaceChildren(make("p", { class: "empty" }, "There is nothing to draw here."));
+      host.replaceChildren(make("p", { class: "empty" }, noFigures));
       return;
     }
     if (!host.children.length) {
@@ -276,7 +288,8 @@
     restoreOpen();
     goThere();
     // Once all is loaded the browser goes to the anchor by itself.
-    window.addEventListener("load", () => setTimeout(goThere, 0));
+    if (document.readyState === "complete") setTimeout(goThere, 0);
+    else window.addEventListener("load", () => setTimeout(goThere, 0));
   } else if (view.place) {
     goBack(view.place);
   }

@@ -22,6 +22,7 @@ from gammabeta.report import _content, _embed, _markdown, _marks
 
 LIMIT = 8_000_000  # bytes of the whole page
 _MARGIN = 100_000
+_PLAIN = 100_000  # bytes of figures that are shown at once, before anything is unpacked
 _FEW_OPEN = 3  # experiments: more are folded, or the page would be 200 screens high
 _SCRIPTS = ("view.js", "stepper.js", "figures.js", "records.js", "claims.js", "page.js")
 
@@ -115,7 +116,7 @@ def _render(content: _content.Content) -> str:
         "scripts": scripts,
         "style": _embed.script_text(_embed.asset("style.css")),
         "license": _embed.plotly_license(),
-        "figure_data": _embed.data_text(_embed.rounded(content.figures, digits=5)),
+        **_figures(content.figures),
         "made": datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
         "version": __version__,
         "statuses": _marks.STATUSES,
@@ -137,6 +138,14 @@ def _render(content: _content.Content) -> str:
         tables[longest] = {**tables[longest], "packed": ""}
         text = template.render(fixed, tables=tables)
     return text
+
+
+def _figures(figures: Sequence[Any]) -> dict[str, Any]:
+    """The numbers of the figures as JSON, or packed where they are many."""
+    numbers = _embed.rounded(figures, digits=5)
+    text = _embed.data_text(numbers)
+    packed = _embed.packed(numbers) if len(text) > _PLAIN else ""
+    return {"figure_data": "" if packed else text, "figures_packed": packed}
 
 
 def _table(section: _content.Section) -> dict[str, Any]:
