@@ -372,6 +372,7 @@ def write_derived(run: Path, judged: Judged) -> None:
         "notice": judged.notice,
         "protocols": judged.protocols,
         "multiplicity": judged.multiplicity.to_json() if judged.multiplicity else None,
+        "varied": judged.varied,  # claim -> variation -> status
     }
     figures = {**head, "figures": plain(judged.figures)}
     _runs.check_verdicts(verdicts, run / "verdicts.json")
