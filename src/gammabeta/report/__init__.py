@@ -1,7 +1,8 @@
 """Run folders and records in, one self-contained HTML page out; reads files only, runs nothing.
 
 Rooms: `page.py` is the door; `_content.py` gathers what the page says of run folders, without any
-HTML, `_rules.py` when their rules were fixed, `_compare.py` two of them side by side; `_stepped.py`
+HTML, `_verdict.py` one verdict's words and `_next.py` what can be done about an undecided one,
+`_rules.py` when their rules were fixed, `_compare.py` two of them side by side; `_stepped.py`
 makes figures with a slider from rows, `_records.py` is about recorded trainings; `_markdown.py`
 writes the words as Markdown.
 `_marks.py` draws the small marks that stand in tables; `_embed.py` puts scripts and data into the

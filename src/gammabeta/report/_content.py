@@ -11,7 +11,7 @@ from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import gammabeta
 from gammabeta._runs import (
@@ -24,51 +24,26 @@ from gammabeta._runs import (
     read_figures,
     read_verdicts,
 )
-from gammabeta.report import _next
 from gammabeta.report._compare import Comparison, compared
-from gammabeta.report._marks import STATUSES, Scale, is_number, number
+from gammabeta.report._marks import Scale, is_number, number
 from gammabeta.report._records import Recording, recording
 from gammabeta.report._rules import AMENDED, read_rules, told
 from gammabeta.report._stepped import stepped
+from gammabeta.report._verdict import PLACES, add_words, ratios
 
 Claim = dict[str, Any]
 Verdict = dict[str, Any]
-Parts = dict[str, list[dict[str, Any]]]
-_MANY_PARTS = 24  # of one verdict: more are folded away
-_DECIDING = ("fair", "level", "control", "as rightly stated", "as worded")
 _MOST_SURPRISES = 3
 OVERTURNED = "overturned"  # supported as published, refuted in the fair test
 FIRST_SCREEN = 12  # rows: what a reader takes in at one glance
 CHOSE = 800  # seeds from here on chose rates and numbers of seeds, and are no part of a verdict
 # Kinds of runs that `study run` takes by another option than --budget.
 VARIANTS = ("fresh-seeds", "width-half", "width-double", "images-small")
-PLACES = {"mnist": "MNIST", "digits": "the bundled digits"}
 
 # Where a source goes on to say in which of its parts a claim stands.
 _PART = re.compile(
     r",\s+(?:Sections?|Claims?|Figs?\.|part|conclusion|code|equation|Algorithm|citing)\b"
 )
-
-_HELD = re.compile(
-    r"Holds in (\d+) of (\d+) variations tried(?: \((\d+) of (\d+) not run: ([^()]+)\))?: (.+)\."
-)
-_ASIDE = re.compile(r"\s*\([^()]*\)")
-_SHORT = 220  # letters of an answer beside others
-_NEAREST = "nearest to its limit is "  # and then the name of a part
-_TIMES = re.compile(r"(?<=\d) x (?=\d)")
-_UNTOLD = {  # letter -> what stands behind it where no variations are told
-    "A": "an identity or a proof",
-    "B": "holds in at least 3 of 4 variations",
-    "C": "no variation tried",
-    "D": "undecided",
-}
-
-
-class Held(NamedTuple):
-    """In which variations a verdict holds: in short, and one by one (None: not run)."""
-
-    words: str
-    each: list[tuple[bool | None, str, str]]
 
 
 @dataclass(frozen=True)
@@ -248,7 +223,7 @@ def _gather_runs(
     if compare:
         page.comparison = compared(_labels(paths), dict(each), [c["id"] for c in page.claims])
         shown = [v for pair in page.comparison.pairs for v in pair.verdicts if v]
-        page.scale = Scale([ratio for verdict in shown for ratio in _ratios(verdict)])
+        page.scale = Scale([ratio for verdict in shown for ratio in ratios(verdict)])
     page.facts = _facts(page, cells, failed)
     page.sections = _sections(page, cells, failed, protocols)
 
@@ -335,25 +310,7 @@ def _complete(page: Content, verdicts: Sequence[Verdict]) -> None:
     for verdict in verdicts:
         claim = known.get(verdict["claim"]) or _unknown(verdict)
         verdict["text"] = claim
-        verdict["lo"], verdict["hi"] = verdict["ci"] or (None, None)
-        verdict["parts"], verdict["more_parts"] = _parts(verdict["cells"])
-        verdict["at"] = _at(verdict)
-        verdict["exact"] = claim["kind"] == "exact"
-        verdict["place"] = _place(verdict)
-        verdict["short"] = _short(verdict)
-        stage = verdict.get("stage")
-        verdict["second"] = isinstance(stage, int) and stage > 1
-        verdict["where"] = f"{verdict['place']} · budget {verdict['budget']}"
-        verdict["variations"] = _varied(verdict)
-        held = _held_in(verdict["variations"], verdict["status"])
-        verdict["certainty"] = _certainty(verdict, held)
-        verdict["held"] = held.each if held else []
-        verdict["ratio"] = _ratio(verdict, verdict["effect"])
-        verdict["nearest"] = _nearest(verdict)
-        verdict["todo"] = _next.steps(verdict)
-        verdict["first_stage"] = _next.first_stage(verdict)
-        deciding = [cell for cells in verdict["parts"].values() for cell in cells]
-        verdict["scale"] = Scale(_ratios(verdict, [c for c in deciding if c["reason"] != "shown"]))
+        add_words(verdict, claim["kind"] == "exact")
     for number_, verdict in enumerate(page.verdicts):
         verdict["anchor"] = f"verdict-{verdict['claim']}"
         if verdict["claim"] in judged:
@@ -370,7 +327,7 @@ def _complete(page: Content, verdicts: Sequence[Verdict]) -> None:
         claim["marks"] = [mark for mark, there in marks.items() if there]
         claim["sources"] = _sources(claim["source"])
         claim["ratio"] = next((v["ratio"] for v in claim["judged"] if v["ratio"] is not None), None)
-    page.scale = Scale([ratio for verdict in page.first for ratio in _ratios(verdict)])
+    page.scale = Scale([ratio for verdict in page.first for ratio in ratios(verdict)])
 
 
 def _differ(verdicts: Sequence[Verdict]) -> str:
@@ -379,90 +336,6 @@ def _differ(verdicts: Sequence[Verdict]) -> str:
     if ("supported", "refuted") in pairs:
         return OVERTURNED
     return "yes" if any(published not in (None, fair) for published, fair in pairs) else ""
-
-
-def _at(verdict: Verdict) -> str:
-    """Which of several parts the effect is of: the first one with the same numbers."""
-    known = [cell for cell in verdict["cells"] if cell.get("effect") is not None]
-    judged = [cell for cell in known if cell.get("reason") != "shown"]
-    fair = [cell for cell in judged if str(cell.get("part")).startswith(("fair", "level"))]
-    fair = fair or [cell for cell in known if cell.get("part") == known[0].get("part")]
-    same = (cell["name"] for cell in fair if cell["effect"] == verdict["effect"])
-    return str(next(same, "")) if len(fair) > 1 else ""
-
-
-def _nearest(verdict: Verdict) -> dict[str, Any] | None:
-    """The part that the short answer names as nearest to its limit, if it is not the effect's."""
-    named = verdict["sentence"].partition(_NEAREST)[2]
-    for cell in verdict["cells"]:
-        fits = named.startswith(f"{cell['name']} (") and cell.get("reason") != "shown"
-        fits = fits and str(cell["name"]) in verdict["short"]
-        if fits and is_number(cell.get("effect")) and cell["effect"] != verdict["effect"]:
-            return {key: cell.get(key) for key in ("name", "effect", "lo", "hi")}
-    return None
-
-
-def _short(verdict: Verdict) -> str:
-    """The answer without its numbers and without the place, which stands beside it.
-
-    >>> _short({"sentence": "No: on MNIST, it gains less (+0.1): a, b.", "place": "MNIST"})
-    'No: it gains less.'
-    """
-    text = _ASIDE.sub("", verdict["sentence"])
-    place = verdict.get("place")
-    if isinstance(place, str) and place:
-        text = text.replace(f" on {place},", "", 1)
-    head, colon, rest = text.partition(": ")
-    rest = re.split(r"; |: |\. ", rest)[0].rstrip(" .")
-    short = f"{head}{colon}{rest}" if rest else head.rstrip(" .")
-    return f"{short}." if len(short) < _SHORT else f"{short[:_SHORT].rpartition(' ')[0]} …"
-
-
-def _place(verdict: Verdict) -> str:
-    """Where it was found, in a reader's words."""
-    told = verdict.get("place")
-    if isinstance(told, str) and told:
-        return told
-    if verdict["exact"]:
-        return "for any data"
-    data: str = verdict["data"]
-    return PLACES.get(data, data)
-
-
-def _certainty(verdict: Verdict, held: Held | None) -> tuple[str, str]:
-    """How sure a reader may be: a letter, and what stands behind it."""
-    told = verdict.get("certainty")
-    letter = {"exact": "A", "fails": "A", "inconclusive": "D", "demo": "D"}.get(verdict["status"])
-    if letter is None:
-        letter = told if told in ("B", "C") else "C"
-    return letter, held.words if held and letter in "BC" else _UNTOLD[letter]
-
-
-def _varied(verdict: Verdict) -> str:
-    """In which variations of its setting the verdict holds, if that was tried."""
-    told = verdict.get("variations")
-    return told if isinstance(told, str) else ""
-
-
-def _held_in(text: str, status: str) -> Held | None:
-    """The variations one by one, from the sentence about them; None if it is not of that form.
-
-    >>> _held_in("Holds in 1 of 1 variations tried: 2 x 2, turned refuted.", "refuted")
-    Held(words='holds in 1 of 1 tried', each=[(True, '2×2, turned', 'refuted')])
-    """
-    found = _HELD.fullmatch(text)
-    if found is None:
-        return None
-    held, tried, absent, of, names, each = found.groups()
-    words = f"holds in {held} of {tried} tried" + (f" ({absent} of {of} not run)" if of else "")
-    items: list[tuple[bool | None, str, str]] = []
-    for item in each.split("; "):
-        name, _, other = item.rpartition(" ")
-        if other not in STATUSES:
-            return None
-        items.append((other == status, name, STATUSES[other][0]))
-    items += [(None, name, "not run") for name in (names.split("; ") if names else ())]
-    return Held(words, [(fits, _TIMES.sub("×", name), word) for fits, name, word in items])
 
 
 def _sources(text: str) -> list[str]:
@@ -475,41 +348,6 @@ def _sources(text: str) -> list[str]:
     return list(dict.fromkeys(name for name in names if name))
 
 
-def _ratio(verdict: Verdict, value: Any) -> float | None:
-    """A number in units of the smallest effect that matters."""
-    delta = verdict["delta"]
-    if not (is_number(delta) and delta > 0 and is_number(value)):
-        return None
-    found = value / delta
-    return found if is_number(found) else None
-
-
-def _parts(cells: list[dict[str, Any]]) -> tuple[Parts, Parts]:
-    """The outcomes of a verdict under the headings they carry; of many, first what decides."""
-    found: Parts = {}
-    keys = ("name", "status", "effect", "lo", "hi", "n", "p_signflip", "reason")
-    by_sign = any(_by_sign(cell) for cell in cells)
-    for cell in cells:
-        known = {key: cell.get(key) for key in keys}
-        p = cell.get("p_signflip")
-        if _by_sign(cell):
-            known["reason"] = f"{cell['reason']}: a control may be decided so, and this one was"
-        elif by_sign and cell["status"] == "inconclusive" and is_number(p) and float(str(p)) < 0.05:
-            known["reason"] = f"{cell['reason']}; here the interval decides, not the sign-flip test"
-        found.setdefault(str(cell.get("part") or ""), []).append(known)
-    if len(cells) <= _MANY_PARTS:
-        return found, {}
-    first = {part: found[part] for part in found if part.startswith(_DECIDING)}
-    return first, {part: found[part] for part in found if part not in first}
-
-
-def _by_sign(cell: Mapping[str, Any]) -> bool:
-    """Whether a control is supported though its interval is not above 0."""
-    return cell.get("part") == "control" and "by the exact sign-flip test" in str(
-        cell.get("reason")
-    )
-
-
 def _unknown(verdict: Verdict) -> Claim:
     """Stands in for a claim that is in no registry of these folders."""
     texts = dict.fromkeys(("source", "topic", "rule", "caveats"), "")
@@ -520,14 +358,6 @@ def _unknown(verdict: Verdict) -> Claim:
     if verdict["status"] in ("exact", "fails"):
         more["kind"] = "exact"
     return {**texts, **same, **more, **rest}
-
-
-def _ratios(verdict: Verdict, cells: Sequence[Mapping[str, Any]] = ()) -> list[float]:
-    values = [verdict["effect"], verdict["lo"], verdict["hi"]]
-    for cell in cells:
-        values += [cell.get("effect"), cell.get("lo"), cell.get("hi")]
-    found = [_ratio(verdict, value) for value in values]
-    return [ratio for ratio in found if ratio is not None]
 
 
 def _facts(
