@@ -140,6 +140,19 @@ def test_an_unfinished_second_sample_decides_nothing(first, tmp_path):
     assert found(first, again(tmp_path, seeds - 1)).stage == 1
 
 
+def test_a_second_sample_of_other_code_or_images_decides_nothing(first, tmp_path):
+    seeds = _second.asked(found(first)).seeds
+    whole = again(tmp_path, seeds)
+    experiment = experiments()["initialization"]
+    before = _runs.read_cells([first])
+    verdicts = experiment.judge([row for cell in before for row in cell.flat()])
+    for key, other in (("code", "f" * 16), ("data", {"name": "mnist", "digest": "1" * 16})):
+        after = [c._replace(spec={**c.spec, key: other}) for c in _runs.read_cells([whole])]
+        assert all(v.stage == 1 for v in _second.judged(experiment, before, after, verdicts))
+    same = _second.judged(experiment, before, _runs.read_cells([whole]), verdicts)
+    assert [v.claim for v in same if v.stage == 2] == ["ortho-isometry"]
+
+
 def test_rows_of_a_second_stage_alone_decide_nothing(first, tmp_path):
     assert judge([again(tmp_path, 16)]).verdicts == []
 

@@ -18,7 +18,6 @@ from gammabeta.studies._experiments import (
     AGAIN,
     BRIEF,
     BUDGETS,
-    SECOND,
     VARIATIONS,
     Experiment,
     choose,
@@ -173,16 +172,13 @@ def judge(
     for experiment in chosen:
         if experiment.id not in stored:
             continue
-        own = stored[experiment.id]
-        if budget != SECOND:  # they decide nothing but beside those of the first stage
-            own = [cell for cell in own if cell.spec["budget"] != SECOND]
+        own, fresh = _second.apart(stored[experiment.id])
         selection = select(own, experiment.code_of, budget, data)
         if not selection.cells:
             continue
         rows = selection.rows()
-        more = select(stored[experiment.id], experiment.code_of, SECOND, data).cells
         first = experiment.judge(rows)
-        for verdict in _second.judged(experiment, selection.cells, more, first):
+        for verdict in _second.judged(experiment, selection.cells, fresh, first):
             also = selection.notes if notes else []
             verdicts.append(dataclasses.replace(verdict, notes=[*verdict.notes, *also]))
         figures += experiment.figures(rows)

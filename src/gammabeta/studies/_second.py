@@ -153,14 +153,28 @@ def _key(arm: Mapping[str, Any]) -> str:
 # --- verdicts -----------------------------------------------------------------------------------
 
 
+def apart(cells: Iterable[StoredCell]) -> tuple[list[StoredCell], list[StoredCell]]:
+    """The cells of the first stage, with all others, and those of the second."""
+    first: list[StoredCell] = []
+    second: list[StoredCell] = []
+    for cell in cells:
+        (second if cell.spec["budget"] == SECOND else first).append(cell)
+    return first, second
+
+
 def judged(
     experiment: Experiment,
     first: Sequence[StoredCell],
     second: Sequence[StoredCell],
     verdicts: Sequence[Verdict],
 ) -> list[Verdict]:
-    """The verdicts of the first stage, and of claims with a second sample those of the second."""
+    """The verdicts of the first stage, and of claims with a second sample those of the second.
+
+    Of `second` those count that the same code made of the same images.
+    """
     samples = {v.claim: sample for v in verdicts if (sample := asked(v))}
+    alike = {(c.spec["code"], c.spec["data"]["digest"]) for c in first}
+    second = [c for c in second if (c.spec["code"], c.spec["data"]["digest"]) in alike]
     if not second or not samples:
         return list(verdicts)
     chose = [row for c in first if c.spec["seed"] >= _CHOSE for row in c.flat()]
