@@ -123,15 +123,7 @@ def run(
             "refresh": refresh,
         }
         if dry_run:
-            estimate = _run.estimate(chosen, **settings)
-            if json:
-                waves = [wave._asdict() for wave in estimate.waves]
-                seconds = {"cpu_seconds": estimate.cpu_seconds, "seconds": estimate.seconds}
-                return dump({**estimate._asdict(), **seconds, "waves": waves})
-            _terminal.estimate(estimate)
-            if estimate.data == "digits":
-                _terminal.notice(estimate.notice, _data.HOW_TO_GET_MNIST)
-            return FINE
+            return _estimated(_run.estimate(chosen, **settings), json)
         if deadline is None and wanted == ["headline"] and variant is None:
             deadline = 240.0
         with _terminal.Progress() as progress:
@@ -168,6 +160,21 @@ def run(
     if trouble:
         raise Unusable(trouble)
     return FAILED if result.failed or result.failed_before else FINE
+
+
+def _estimated(estimate: Any, json: bool) -> int:
+    """Show what a run would take."""
+    if json:
+        waves = [wave._asdict() for wave in estimate.waves]
+        seconds = {"cpu_seconds": estimate.cpu_seconds, "seconds": estimate.seconds}
+        return dump({**estimate._asdict(), **seconds, "waves": waves})
+    from gammabeta import _terminal
+    from gammabeta.studies import _data
+
+    _terminal.estimate(estimate)
+    if estimate.data == "digits":
+        _terminal.notice(estimate.notice, _data.HOW_TO_GET_MNIST)
+    return FINE
 
 
 def _keep(out: Path, judged: Any) -> tuple[Path | None, str]:
@@ -269,10 +276,7 @@ def more(
         }
         if dry_run:
             estimate = _run.estimate(chosen, jobs=jobs, catalogue=catalogue, **settings)
-            if json:
-                return dump({**estimate._asdict(), "cpu_seconds": estimate.cpu_seconds})
-            _terminal.estimate(estimate)
-            return FINE
+            return _estimated(estimate, json)
         with _terminal.Progress() as progress:
             result = _run.run(
                 chosen,
