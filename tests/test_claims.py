@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+from typing import Any
 
 import pytest
 
@@ -328,13 +329,13 @@ def test_the_public_form_has_every_field_and_survives_json() -> None:
 # --- what the terminal says of it -----------------------------------------------------------
 
 
-def explained(capsys: pytest.CaptureFixture[str], claim: str, **fields: object) -> str:
+def explained(capsys: pytest.CaptureFixture[str], claim: str, **fields: Any) -> str:
     """The words of `study explain`, with line ends as spaces."""
     one = Verdict(
         claim=claim, experiment="x", published_status=None, effect=1.0, ci=(-1.0, 3.0), n=16,
         unit="points", reported="", budget="small", data="mnist", delta=0.3, half_width=2.0,
         planned_half_width=None, sentence="An answer.", certainty="",
-        **{"status": "inconclusive", **fields},  # type: ignore[arg-type]
+        **{"status": "inconclusive", **fields},
     )  # fmt: skip
     rule = Rule("0" * 16, None, None, "2026-01-01", amended=True)
     _terminal.explain(Card(claims()[claim], "", rule, one, [], None, None, []))

@@ -58,7 +58,8 @@ def accept(
     Only cells of the present code, of one budget (the largest unless named) and of one data set;
     they replace those of the same budget there, and others stay. A file that would be too large is
     thinned (see `_runs.thin`) as far as its verdicts stay the same. Nothing is written unless all
-    experiments can be accepted. Folders that hold variations go, lean, into `out`/robustness.
+    experiments can be accepted. Folders that hold variations go, lean, into `out`/robustness;
+    those of a second stage go, lean, beside the rows of the first.
 
     Raises:
         RunError: a folder cannot be read, or what is kept there.

@@ -164,8 +164,8 @@ def _decided(verdicts: Iterable[Verdict]) -> str:
     known = claims()
     own = [v for v in verdicts if v.claim in known and known[v.claim].kind == "statistical"]
     decided = [v for v in own if v.status in ("supported", "refuted")]
-    sized = [v for v in decided if v.delta and v.half_width is not None]
-    fine = sum(v.half_width <= v.delta / 2 for v in sized if v.delta and v.half_width is not None)
+    sized = [(v.half_width, v.delta) for v in decided if v.delta and v.half_width is not None]
+    fine = sum(width <= delta / 2 for width, delta in sized)
     count = {s: sum(v.status == s for v in own) for s in ("mixed", "inconclusive")}
     share = 100 * len(decided) / max(len(own), 1)
     return (
