@@ -126,18 +126,9 @@ def run(
             return _estimated(_run.estimate(chosen, **settings), json)
         if deadline is None and wanted == ["headline"] and variant is None:
             deadline = 240.0
-        with _terminal.Progress() as progress:
-            result = _run.run(
-                chosen,
-                deadline_seconds=deadline,
-                progress=progress,
-                retry_failed=retry_failed,
-                dask=dask,
-                **settings,
-            )
-        if result.interrupted:
-            raise KeyboardInterrupt
-        _terminal.ended(result)
+        result = _trained(
+            chosen, deadline_seconds=deadline, retry_failed=retry_failed, dask=dask, **settings
+        )
         # The page tells of all that the folder holds, the terminal of what was asked for. All is
         # written before the first line is printed: a reader who leaves early loses nothing.
         judged = _judge.judge([out], budget=kind, data=result.data)
@@ -160,6 +151,19 @@ def run(
     if trouble:
         raise Unusable(trouble)
     return FAILED if result.failed or result.failed_before else FINE
+
+
+def _trained(chosen: list[str], **settings: Any) -> Any:
+    """Run what is missing, with its progress; how it ended."""
+    from gammabeta import _terminal
+    from gammabeta.studies import _run
+
+    with _terminal.Progress() as progress:
+        result = _run.run(chosen, progress=progress, **settings)
+    if result.interrupted:
+        raise KeyboardInterrupt
+    _terminal.ended(result)
+    return result
 
 
 def _estimated(estimate: Any, json: bool) -> int:
@@ -277,18 +281,9 @@ def more(
         if dry_run:
             estimate = _run.estimate(chosen, jobs=jobs, catalogue=catalogue, **settings)
             return _estimated(estimate, json)
-        with _terminal.Progress() as progress:
-            result = _run.run(
-                chosen,
-                jobs=jobs,
-                catalogue=catalogue,
-                deadline_seconds=deadline,
-                progress=progress,
-                **settings,
-            )
-        if result.interrupted:
-            raise KeyboardInterrupt
-        _terminal.ended(result)
+        result = _trained(
+            chosen, jobs=jobs, catalogue=catalogue, deadline_seconds=deadline, **settings
+        )
         judged = _judge.judge([*paths, out], chosen, budget="small", data="mnist")
         own = [v for v in judged.verdicts if v.claim in asked and v.stage > 1]
         if json:
